@@ -1,0 +1,59 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * A task goes to sleep inside the kernel: ops.quiescent with SCX_DEQ_SLEEP, on its CPU, as the running task.
+ *
+ * RUNNING becomes BLOCKED, and the host is started by the ops.dispatch of the same schedule(). A task that
+ * is not RUNNING stays what it is; that it sleeps is noted, because whoever runs it then must see it BLOCKED.
+ */
+#ifndef UMCG_BLOCK_BPF_H
+#define UMCG_BLOCK_BPF_H
+
+#include "serve.bpf.h"
+
+/* Under the lock. */
+static __always_inline bool worker_blocks(struct umcg_ref *self, struct umcg_ref *host, u64 now_ns,
+					  struct umcg_released *released)
+{
+	if (self->slot->state != UMCG_ACTIVE || !hosted_by(self, host))
+		return false;
+	if (!status_move(&self->cell->task.umcg_status, UMCG_STATE_RUNNING, UMCG_STATE_BLOCKED))
+		return false;
+	set_state(self->slot, UMCG_BLOCKED);
+	self->slot->since_ns = now_ns;
+	self->cell->task.umcg_blocked_ts = now_ns;
+	push_blocked(host, self);
+	end_serving(self, host, released);
+	return true;
+}
+
+static __always_inline void task_sleeps(u32 nr)
+{
+	struct umcg_released released = {};
+	struct umcg_ref self, host;
+	struct umcg_domain *domain;
+	u64 now_ns = bpf_ktime_get_ns();
+	bool blocked;
+
+	if (!ref_get(&self, nr))
+		return;
+	domain = domain_of(self.slot->domain);
+	if (!domain)
+		return;
+	if (!ref_get(&host, self.slot->host))
+		host.slot = NULL;
+	self.slot->at_boundary = false;
+
+	bpf_spin_lock(&domain->lock);
+	blocked = worker_blocks(&self, &host, now_ns, &released);
+	if (!blocked && self.slot->state != UMCG_BLOCKED)
+		self.slot->asleep = true;
+	bpf_spin_unlock(&domain->lock);
+
+	/* A held task that sleeps does so deep in the kernel, perhaps with locks: it is held again at the boundary. */
+	custody_unhold(&self.slot->custody);
+	if (blocked)
+		STAT_INC(blocks);
+	run_released_next(&released);
+}
+
+#endif /* UMCG_BLOCK_BPF_H */

@@ -1,0 +1,123 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Capture: a worker that blocked has finished in the kernel, and stops before its first user instruction.
+ *
+ * It may not be stopped earlier: when it wakes it may hold locks of the kernel that its own server needs.
+ * The kernel says "about to return to user mode after having been switched out" in one place only, the rseq
+ * update. So:
+ *
+ *	tp_btf/rseq_update	notes at_boundary and interrupts its own CPU
+ *	ops.dispatch(prev)	finds the note: BLOCKED becomes RUNNABLE, the server is told, prev is to be held
+ *	ops.enqueue(prev)	parks it
+ *
+ * Until Linux 6.18 the tracepoint also fires inside the delivery of a signal, which goes on to touch the
+ * user's stack: stopping there would mean stopping with mm locks held. signal_deliver announces that one.
+ *
+ * The same road takes a held worker that slept (its signal frame faulted, say) back to where it may be held.
+ */
+#ifndef UMCG_CAPTURE_BPF_H
+#define UMCG_CAPTURE_BPF_H
+
+#include "compat.bpf.h"
+#include "serve.bpf.h"
+
+#define SIGKILL_BIT (1ULL << (9 - 1))
+
+/* Its way leads to do_exit(): never hold it. Every thread of a process that dies has SIGKILL pending. */
+static __always_inline bool task_is_dying(const struct task_struct *p)
+{
+	return p->flags & PF_EXITING || p->pending.signal.sig[0] & SIGKILL_BIT;
+}
+
+static __always_inline bool wants_capture(const struct umcg_slot *slot)
+{
+	u32 state = UMCG_LOAD(&slot->state);
+
+	return state == UMCG_BLOCKED || (state == UMCG_WAITING && !custody_is_held(&slot->custody));
+}
+
+/* Under the lock. True if a block ended here. */
+static __always_inline bool capture_locked(struct umcg_ref *self, struct umcg_ref *server, u64 now_ns,
+					   struct umcg_released *released)
+{
+	if (self->slot->state == UMCG_WAITING && !ref_is_server(self))
+		custody_hold(&self->slot->custody);
+	if (self->slot->state != UMCG_BLOCKED)
+		return false;
+	status_show(&self->cell->task.umcg_status, UMCG_STATE_RUNNABLE);
+	self->cell->task.umcg_runnable_ts = now_ns;
+	self->slot->captured = true;
+	stop(self, UMCG_WAITING);
+	if (!server->slot)
+		return true; /* gone: held until it names a living one and is kicked */
+	push_runnable(server, self);
+	tell_server(server, released);
+	return true;
+}
+
+static __always_inline void capture(struct task_struct *p, u32 nr, struct umcg_released *released)
+{
+	struct umcg_ref self, server;
+	struct umcg_domain *domain;
+	u64 now_ns, blocked_ns = 0;
+	u32 server_tid;
+
+	if (!ref_get(&self, nr))
+		return;
+	self.slot->at_boundary = false;
+	domain = domain_of(self.slot->domain);
+	if (!domain || task_is_dying(p))
+		return;
+	server_tid = UMCG_LOAD(&self.cell->task.umcg_server_tid);
+	if (!ref_find(&server, self.slot->domain, server_tid) || !ref_is_server(&server))
+		server.slot = NULL;
+	now_ns = bpf_ktime_get_ns();
+
+	bpf_spin_lock(&domain->lock);
+	if (server.slot && !ref_is(&server, self.slot->domain, server_tid))
+		server.slot = NULL;
+	if (capture_locked(&self, &server, now_ns, released)) {
+		blocked_ns = now_ns - self.slot->since_ns;
+		self.slot->since_ns = now_ns;
+	}
+	bpf_spin_unlock(&domain->lock);
+
+	if (blocked_ns) {
+		STAT_INC(captures);
+		STAT_ADD(blocked_ns, blocked_ns);
+	}
+}
+
+SEC("tp_btf/rseq_update")
+int BPF_PROG(umcg_rseq_update, struct task_struct *p)
+{
+	struct umcg_slot *slot = slot_at(slot_of(p));
+
+	if (!slot)
+		return 0;
+	if (slot->in_handler) {
+		slot->in_handler = false;
+		return 0;
+	}
+	if (wants_capture(slot)) {
+		slot->at_boundary = true;
+		scx_bpf_kick_cpu(bpf_get_smp_processor_id(), SCX_KICK_PREEMPT);
+	}
+	return 0;
+}
+
+/* Linux 6.18 and older: the rseq update of the delivery itself comes next, and is none of ours. */
+SEC("tp_btf/signal_deliver")
+int BPF_PROG(umcg_signal_deliver, int sig, struct kernel_siginfo *info, struct k_sigaction *ka)
+{
+	struct umcg_slot *slot;
+
+	if (!signal_delivery_updates_rseq() || (u64)ka->sa.sa_handler <= 1) /* SIG_DFL, SIG_IGN */
+		return 0;
+	slot = slot_at(slot_of(bpf_get_current_task_btf()));
+	if (slot)
+		slot->in_handler = true;
+	return 0;
+}
+
+#endif /* UMCG_CAPTURE_BPF_H */

@@ -1,0 +1,242 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Where everything lives, and how to get from one to the other.
+ *
+ *	task_struct --task storage--> slot number --slots[]--> struct umcg_slot (ours alone)
+ *	                                                            | domain, cell
+ *	                                                            v
+ *	               domain_states[] (lock, owner; ours alone)   domains[domain][cell]
+ *	                                                            struct umcg_cell (shared with the program)
+ *	(domain, tid) --tids--> slot number
+ *
+ * Locking: a domain's lock covers the state, host and serving fields of its slots and every push on its
+ * lists. It is the only lock, and no helper may be called while it is held; so a function first looks up
+ * all that it may need, takes the lock, checks that what it looked up still holds, acts, drops the lock and
+ * then passes on the tasks that it released. The custody word of a slot is no part of this: it has its own
+ * protocol (hold.bpf.h), so that ops.enqueue and ops.dispatch need no lock.
+ */
+#ifndef UMCG_MAPS_BPF_H
+#define UMCG_MAPS_BPF_H
+
+#include <scx/common.bpf.h>
+#include "intf.h"
+#include "hold.bpf.h"
+#include "list.bpf.h"
+#include "state.bpf.h"
+
+/* Set by the loader before load; the maps are sized to match. */
+const volatile bool partial_mode;
+const volatile u32 max_domains = 64;
+const volatile u32 max_slots = 16384; /* slots[0] is nobody's: slot number 0 means "none" */
+const volatile u64 slice_ns = 5000000;
+
+/* Kernel side of one task. */
+struct umcg_slot {
+	struct task_struct __kptr *task; /* set by registration, taken by retire() */
+	u32 custody;	 /* enum umcg_custody; atomics of hold.bpf.h only */
+	u32 state;	 /* enum umcg_state; written under the domain's lock */
+	u32 host;	 /* slot of the server that serves this ACTIVE worker, else 0; under the lock */
+	u32 serving;	 /* slot of the worker that this server serves, else 0; under the lock */
+	u32 domain;	 /* constant while registered, like all below up to addr */
+	u32 cell;
+	u32 tid;	 /* in the process's own pid namespace */
+	u64 addr;	 /* of the struct umcg_task in the process */
+	u64 since_ns;	 /* when it was blocked, or captured: for the statistics; under the lock */
+	u32 rounds;	 /* of the sweep since it was parked or released; a lost update costs a round */
+	bool asleep;	 /* went to sleep in a state that does not show it; under the lock */
+	bool at_boundary; /* about to return to user code: written on the task's own CPU only */
+	bool in_handler;  /* the next rseq update belongs to the delivery of a signal; likewise */
+	bool captured;	 /* WAITING through capture: since_ns counts; under the lock */
+};
+
+/* Kernel side of one domain. */
+struct umcg_domain {
+	struct bpf_spin_lock lock;
+	u32 tgid;	/* the process that attached, else 0; in the initial pid namespace */
+	u32 first_slot; /* 0: not in use */
+	u32 nr_slots;
+	u32 nr_tasks;	/* atomics */
+	u64 nonce;	/* what ATTACH must know; 0 once it is used */
+};
+
+struct umcg_task_ctx {
+	u32 slot; /* 0: not registered */
+};
+
+/* Hand-over between the callbacks of one schedule() on one CPU, which holds the run queue's lock. */
+struct umcg_cpu_ctx {
+	u32 next;	 /* slot that ops.dispatch is to run next */
+	bool handed_over; /* the task about to run got this CPU from a registered one */
+	u64 burst_start_ns; /* scx_bpf_now() when a task last got this CPU otherwise */
+	u64 exec_start;	 /* ns: sum_exec_runtime of the running task when it was put on this CPU */
+};
+
+/* Clang describes a type that only a nested map names by a mere forward declaration, unless a variable has it. */
+struct umcg_cell *umcg_cell_in_full;
+
+struct umcg_domain_map {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE | BPF_F_INNER_MAP);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct umcg_cell);
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 64);
+	__uint(key_size, sizeof(u32));
+	__array(values, struct umcg_domain_map);
+} domains SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 64);
+	__type(key, u32);
+	__type(value, struct umcg_domain);
+} domain_states SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 16385);
+	__type(key, u32);
+	__type(value, struct umcg_slot);
+} slots SEC(".maps");
+
+struct umcg_tid_key {
+	u32 domain;
+	u32 tid;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct umcg_tid_key);
+	__type(value, u32);
+} tids SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct umcg_task_ctx);
+} task_ctxs SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct umcg_cpu_ctx);
+} cpu_ctxs SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct umcg_stats);
+} stats SEC(".maps");
+
+static __always_inline struct umcg_stats *this_stats(void)
+{
+	u32 zero = 0;
+
+	return bpf_map_lookup_elem(&stats, &zero);
+}
+
+#define STAT_ADD(field, n)                             \
+	do {                                           \
+		struct umcg_stats *__st = this_stats(); \
+		if (__st)                              \
+			__st->field += (n);            \
+	} while (0)
+#define STAT_INC(field) STAT_ADD(field, 1)
+
+static __always_inline struct umcg_cpu_ctx *this_cpu_ctx(void)
+{
+	u32 zero = 0;
+
+	return bpf_map_lookup_elem(&cpu_ctxs, &zero);
+}
+
+static __always_inline struct umcg_domain *domain_of(u32 domain)
+{
+	return bpf_map_lookup_elem(&domain_states, &domain);
+}
+
+static __always_inline struct umcg_slot *slot_at(u32 slot)
+{
+	return slot ? bpf_map_lookup_elem(&slots, &slot) : NULL;
+}
+
+/* Slot number of a task, 0 for everybody who is not registered. */
+static __always_inline u32 slot_of(struct task_struct *p)
+{
+	struct umcg_task_ctx *tctx = bpf_task_storage_get(&task_ctxs, p, 0, 0);
+
+	return tctx ? tctx->slot : 0;
+}
+
+static __always_inline struct umcg_cell *cell_at(u32 domain, u32 cell)
+{
+	void *map = bpf_map_lookup_elem(&domains, &domain);
+
+	return map ? bpf_map_lookup_elem(map, &cell) : NULL;
+}
+
+/* A registered task as everything below handles it: our side, the shared side, and its number. */
+struct umcg_ref {
+	struct umcg_slot *slot;
+	struct umcg_cell *cell;
+	u32 nr;
+};
+
+static __always_inline bool ref_get(struct umcg_ref *ref, u32 nr)
+{
+	ref->nr = nr;
+	ref->slot = slot_at(nr);
+	if (!ref->slot)
+		return false;
+	ref->cell = cell_at(ref->slot->domain, ref->slot->cell);
+	return ref->cell != NULL;
+}
+
+/* Looks a tid up in a domain. Under the lock, ref_is() tells whether it is still that task. */
+static __always_inline bool ref_find(struct umcg_ref *ref, u32 domain, u32 tid)
+{
+	struct umcg_tid_key key = { .domain = domain, .tid = tid };
+	u32 *nr = bpf_map_lookup_elem(&tids, &key);
+
+	return nr && ref_get(ref, *nr);
+}
+
+static __always_inline bool ref_is(const struct umcg_ref *ref, u32 domain, u32 tid)
+{
+	return ref->slot->state != UMCG_FREE && ref->slot->domain == domain && ref->slot->tid == tid;
+}
+
+/* As in the seed: a server names itself as its server, and nothing else tells it from a worker. */
+static __always_inline bool ref_is_server(const struct umcg_ref *ref)
+{
+	return UMCG_LOAD(&ref->cell->task.umcg_server_tid) == ref->slot->tid;
+}
+
+/* First illegal edge ever asked for, (from << 8 | to) + 1. */
+u32 illegal_edge;
+
+/* The only writer of slot->state. Under the lock, where scx_bpf_error() may not be called: report_bugs() does. */
+static __always_inline void set_state(struct umcg_slot *slot, u32 to)
+{
+	if (!state_may_become(slot->state, to) && !illegal_edge)
+		illegal_edge = (slot->state << 8 | to) + 1;
+	slot->state = to;
+}
+
+static __always_inline void report_bugs(void)
+{
+	u32 edge = UMCG_LOAD(&illegal_edge);
+
+	if (edge)
+		scx_bpf_error("illegal task state change %u to %u", (edge - 1) >> 8, (edge - 1) & 0xff);
+}
+
+#endif /* UMCG_MAPS_BPF_H */

@@ -1,0 +1,86 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The policy for everybody who is not held: weighted virtual time on one shared queue.
+ *
+ * Whoever used the least CPU time for its weight runs next, for a slice; a task that wakes goes to an idle CPU
+ * at once if there is one. Registered tasks compete as everybody else does when they run or want to run. What they
+ * hand to each other directly is one *burst*, which lasts a slice like anybody's (see burst_is_over()), so that
+ * a pair that switches for ever takes turns with its neighbours.
+ */
+#ifndef UMCG_POLICY_BPF_H
+#define UMCG_POLICY_BPF_H
+
+#include "maps.bpf.h"
+
+#define SHARED_DSQ 0
+#define WEIGHT_DEFAULT 100
+
+/* The virtual time of the queue: that of the task that started last. */
+u64 vtime_now;
+
+static __always_inline bool vtime_before(u64 a, u64 b)
+{
+	return (s64)(a - b) < 0;
+}
+
+static __always_inline void policy_enqueue(struct task_struct *p, u64 enq_flags)
+{
+	u64 vtime = p->scx.dsq_vtime;
+
+	/* The core keeps nothing running by itself (SCX_OPS_ENQ_LAST), and a kernel thread of one CPU is short
+	 * and urgent. */
+	if (enq_flags & SCX_ENQ_LAST || (p->flags & PF_KTHREAD && p->nr_cpus_allowed == 1)) {
+		scx_bpf_dsq_insert(p, SCX_DSQ_LOCAL, slice_ns, enq_flags);
+		return;
+	}
+	/* Who slept for long may claim one slice of it, no more. */
+	if (vtime_before(vtime, vtime_now - slice_ns))
+		vtime = vtime_now - slice_ns;
+	scx_bpf_dsq_insert_vtime(p, SHARED_DSQ, slice_ns, vtime, enq_flags);
+}
+
+static __always_inline s32 policy_select_cpu(struct task_struct *p, s32 prev_cpu, u64 wake_flags)
+{
+	bool is_idle = false;
+	s32 cpu = scx_bpf_select_cpu_dfl(p, prev_cpu, wake_flags, &is_idle);
+
+	if (is_idle)
+		scx_bpf_dsq_insert(p, SCX_DSQ_LOCAL, slice_ns, 0);
+	return cpu;
+}
+
+/*
+ * Whether the registered tasks that hand this CPU to each other have to queue like others. If the last one spins,
+ * it has one more slice, its own.
+ */
+static __always_inline bool burst_is_over(const struct umcg_cpu_ctx *cctx)
+{
+	return scx_bpf_now() - cctx->burst_start_ns >= slice_ns && scx_bpf_dsq_nr_queued(SHARED_DSQ);
+}
+
+static __always_inline void policy_running(struct task_struct *p)
+{
+	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
+
+	if (cctx) {
+		cctx->exec_start = p->se.sum_exec_runtime;
+		if (!cctx->handed_over)
+			cctx->burst_start_ns = scx_bpf_now();
+		cctx->handed_over = false;
+	}
+	if (vtime_before(vtime_now, p->scx.dsq_vtime))
+		vtime_now = p->scx.dsq_vtime;
+}
+
+static __always_inline void policy_stopping(struct task_struct *p)
+{
+	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
+	u64 used_ns;
+
+	if (!cctx)
+		return;
+	used_ns = p->se.sum_exec_runtime - cctx->exec_start;
+	scx_bpf_task_set_dsq_vtime(p, p->scx.dsq_vtime + used_ns * WEIGHT_DEFAULT / p->scx.weight);
+}
+
+#endif /* UMCG_POLICY_BPF_H */

@@ -1,0 +1,73 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The steps that everything else is made of: tell a server, end serving, start a task. All under the lock.
+ *
+ * A host and its worker name each other (host->serving, worker->host). The pair is only believed if both
+ * sides agree, so that a side that vanished, and even a slot that was given to somebody else, cannot
+ * mislead: hosted_by().
+ */
+#ifndef UMCG_SERVE_BPF_H
+#define UMCG_SERVE_BPF_H
+
+#include "maps.bpf.h"
+#include "queue.bpf.h"
+
+static __always_inline bool hosted_by(const struct umcg_ref *worker, const struct umcg_ref *host)
+{
+	return host->slot && worker->slot->host == host->nr && host->slot->serving == worker->nr;
+}
+
+static __always_inline void push_blocked(struct umcg_ref *server, struct umcg_ref *worker)
+{
+	list_push(&server->cell->task.umcg_blocked_ptr, &worker->cell->task.umcg_blocked_ptr, worker->slot->addr);
+}
+
+static __always_inline void push_runnable(struct umcg_ref *server, struct umcg_ref *worker)
+{
+	list_push(&server->cell->task.umcg_runnable_ptr, &worker->cell->task.umcg_runnable_ptr,
+		  worker->slot->addr);
+}
+
+static __always_inline void become_running(struct umcg_ref *task, struct umcg_released *released)
+{
+	set_state(task->slot, UMCG_ACTIVE);
+	status_show(&task->cell->task.umcg_status, UMCG_STATE_RUNNING);
+	if (custody_release(&task->slot->custody))
+		released_add(released, task->nr);
+}
+
+/*
+ * An event for a server, after the push. Pairs with the server's loop: it marks itself RUNNABLE, then takes
+ * its lists. Either it takes the entry, or this finds the mark and takes it back, so that its umcg_wait()
+ * returns at once; or both. A server that serves is not disturbed.
+ */
+static __always_inline void tell_server(struct umcg_ref *server, struct umcg_released *released)
+{
+	if (server->slot->state == UMCG_WAITING)
+		become_running(server, released);
+	else if (server->slot->state == UMCG_ACTIVE)
+		status_move(&server->cell->task.umcg_status, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING);
+}
+
+/* A worker stopped: its host is free, and becomes RUNNING unless it is (its wait had timed out). */
+static __always_inline void end_serving(struct umcg_ref *worker, struct umcg_ref *host,
+					struct umcg_released *released)
+{
+	if (hosted_by(worker, host)) {
+		host->slot->serving = 0;
+		if (host->slot->state == UMCG_SERVING)
+			become_running(host, released);
+		else
+			tell_server(host, released);
+	}
+	worker->slot->host = 0;
+}
+
+/* It stops at a place where it may be kept: inside umcg_wait(), or at the boundary to user code. */
+static __always_inline void stop(struct umcg_ref *task, u32 state)
+{
+	set_state(task->slot, state);
+	custody_hold(&task->slot->custody);
+}
+
+#endif /* UMCG_SERVE_BPF_H */

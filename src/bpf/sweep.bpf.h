@@ -1,0 +1,145 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The sweep: a timer that looks at every held task, for what no callback tells.
+ *
+ * - The watchdog of sched_ext ejects a scheduler one of whose runnable tasks has not run for a while, and a
+ *   held task counts as runnable. So each is *shown* to it about once a second: ops.dispatch inserts it, and
+ *   ops.running, finding it held, interrupts its own CPU; the interrupt arrives as soon as the switch is over,
+ *   and the task is switched out and parked again without having left schedule(). Once a second rather than
+ *   just below the watchdog's limit, because a grace period of RCU tasks waits for every one of them, too.
+ * - A fatal signal makes a sleeping task runnable, and does nothing to one that is. Held tasks are let go.
+ * - A released task that no CPU fetched (the queue of hints was full) is queued again.
+ *
+ * It runs while tasks are registered.
+ */
+#ifndef UMCG_SWEEP_BPF_H
+#define UMCG_SWEEP_BPF_H
+
+#include "capture.bpf.h"
+#include "queue.bpf.h"
+
+#define SWEEP_PERIOD_NS (20ULL * 1000 * 1000)
+#define ROUNDS_UNTIL_SHOWN 50 /* of SWEEP_PERIOD_NS: one second */
+#define ROUNDS_UNTIL_RESCUED 3
+
+struct umcg_sweep {
+	struct bpf_timer timer;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct umcg_sweep);
+} sweeps SEC(".maps");
+
+/* Registered tasks of all domains; atomics. */
+u32 nr_registered;
+/* No slot at or above was ever given to a domain. Written by the loader's program. */
+u32 slot_limit;
+/* 1 while the timer is armed; exchange. */
+u32 sweep_armed;
+
+static __always_inline void arm_sweep(u64 delay_ns)
+{
+	u32 zero = 0;
+	struct umcg_sweep *sweep = bpf_map_lookup_elem(&sweeps, &zero);
+
+	if (sweep)
+		bpf_timer_start(&sweep->timer, delay_ns, 0);
+}
+
+/* A task was registered. Pairs with sweep(): it disarms, then looks at nr_registered. */
+static __always_inline void need_sweep(void)
+{
+	if (!UMCG_XCHG(&sweep_armed, 1))
+		arm_sweep(SWEEP_PERIOD_NS);
+}
+
+static __always_inline void sweep_parked(struct umcg_slot *slot, u32 nr, struct task_struct *p)
+{
+	if (task_is_dying(p)) {
+		if (custody_release(&slot->custody)) {
+			STAT_INC(signal_releases);
+			queue_slot(nr);
+		}
+		return;
+	}
+	if (++slot->rounds < ROUNDS_UNTIL_SHOWN)
+		return;
+	slot->rounds = 0;
+	STAT_INC(refreshes);
+	queue_slot(nr);
+}
+
+static __always_inline void sweep_ready(struct umcg_slot *slot, u32 nr)
+{
+	if (++slot->rounds < ROUNDS_UNTIL_RESCUED)
+		return;
+	slot->rounds = 0;
+	STAT_INC(rescues);
+	queue_slot(nr);
+}
+
+static __always_inline void sweep_slot(u32 nr)
+{
+	struct umcg_slot *slot = slot_at(nr);
+	struct task_struct *p;
+	u32 custody;
+
+	if (!slot)
+		return;
+	custody = UMCG_LOAD(&slot->custody);
+	if (custody != UMCG_CUSTODY_PARKED && custody != UMCG_CUSTODY_READY)
+		return;
+	p = slot->task;
+	if (!p)
+		return;
+	if (custody == UMCG_CUSTODY_PARKED)
+		sweep_parked(slot, nr, p);
+	else
+		sweep_ready(slot, nr);
+}
+
+static int sweep_one(u32 nr, void *unused)
+{
+	bpf_rcu_read_lock();
+	sweep_slot(nr);
+	bpf_rcu_read_unlock();
+	return 0;
+}
+
+static int sweep(void *map, u32 *key, struct umcg_sweep *timer)
+{
+	bpf_loop(UMCG_LOAD(&slot_limit), sweep_one, NULL, 0);
+	UMCG_XCHG(&sweep_armed, 0);
+	if (UMCG_LOAD(&nr_registered))
+		need_sweep();
+	return 0;
+}
+
+static __always_inline int init_sweep(void)
+{
+	u32 zero = 0;
+	struct umcg_sweep *sweep_timer = bpf_map_lookup_elem(&sweeps, &zero);
+	int err;
+
+	if (!sweep_timer)
+		return -ENOENT;
+	err = bpf_timer_init(&sweep_timer->timer, &sweeps, CLOCK_MONOTONIC);
+	return err ?: bpf_timer_set_callback(&sweep_timer->timer, sweep);
+}
+
+/*
+ * A signal that kills: held tasks need not wait for the next round. Other ways to die (exit_group, exec, a
+ * core dump) pass no tracepoint; the sweep finds those.
+ */
+SEC("tp_btf/signal_generate")
+int BPF_PROG(umcg_signal_generate, int sig, struct kernel_siginfo *info, struct task_struct *p)
+{
+	if (UMCG_LOAD(&nr_registered) && task_is_dying(p))
+		arm_sweep(0);
+	return 0;
+}
+
+#endif /* UMCG_SWEEP_BPF_H */

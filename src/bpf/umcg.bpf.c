@@ -1,0 +1,220 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * UMCG on an unmodified kernel: the sched_ext scheduler.
+ *
+ * Threads of a program register as *workers* and *servers* (docs/abi.md has the contract). At any time at most
+ * one worker of a server runs user code; the server decides which. What a program cannot see alone, this
+ * scheduler tells it: a worker blocked in the kernel, and a blocked worker can run again.
+ *
+ * What happens to a worker W of server S on one CPU:
+ *
+ *	S: umcg_wait(next = W)	ops.yield	W RUNNING, S held		wait.bpf.h
+ *				ops.dispatch	inserts W			queue.bpf.h
+ *				ops.enqueue(S)	parks S				hold.bpf.h
+ *	W: read(empty pipe)	ops.quiescent	W BLOCKED, S RUNNING		block.bpf.h
+ *				ops.dispatch	inserts S
+ *	(data arrives)		ops.enqueue(W)	queued like any other task	policy.bpf.h
+ *	W: finishes read()	rseq_update	interrupts itself		capture.bpf.h
+ *				ops.dispatch	W RUNNABLE, on S's list; S told
+ *				ops.enqueue(W)	parks W
+ *
+ * The rooms, each of which includes what it needs: atomic, hold, list, state are pure algorithms and are
+ * also built natively for the model checker; maps says where everything lives and what the lock covers; serve
+ * has the steps that wait, block, capture and register are made of; queue brings released tasks to a CPU;
+ * sweep looks after held tasks; policy is for everybody else; compat knows the kernels apart.
+ *
+ * The core calls ops.dispatch *before* ops.enqueue of the task that is switched out. So whatever chooses who runs
+ * next happens in ops.yield, ops.quiescent and at the head of ops.dispatch; ops.enqueue only parks.
+ */
+#include <scx/common.bpf.h>
+#include <scx/compat.bpf.h>
+
+#include "block.bpf.h"
+#include "capture.bpf.h"
+#include "policy.bpf.h"
+#include "register.bpf.h"
+#include "sweep.bpf.h"
+#include "wait.bpf.h"
+
+char _license[] SEC("license") = "GPL";
+
+UEI_DEFINE(uei);
+
+bool BPF_STRUCT_OPS(umcg_yield, struct task_struct *from, struct task_struct *to)
+{
+	u32 nr;
+	struct umcg_ref self;
+
+	if (to)
+		return false; /* yield_to() is KVM's; there is no hand-over to arbitrary tasks */
+	nr = slot_of(from);
+	if (nr && ref_get(&self, nr) && UMCG_LOAD(&self.cell->task.umcg_status) & UMCG_TF_WAIT)
+		umcg_waits(from, nr);
+	else
+		scx_bpf_task_set_slice(from, 0);
+	return false;
+}
+
+s32 BPF_STRUCT_OPS(umcg_select_cpu, struct task_struct *p, s32 prev_cpu, u64 wake_flags)
+{
+	return policy_select_cpu(p, prev_cpu, wake_flags);
+}
+
+/* True if @p is held: then it is in no queue until it is released. */
+static __always_inline bool hold_registered(struct task_struct *p, u32 nr)
+{
+	struct umcg_released released = {};
+	struct umcg_slot *slot = slot_at(nr);
+
+	if (!slot)
+		return false;
+	if (slot->at_boundary) { /* ops.dispatch was not asked: the local queue had a task */
+		capture(p, nr, &released);
+		queue_released(&released);
+	}
+	queue_unasked_next();
+	slot->rounds = 0;
+	if (!custody_park(&slot->custody))
+		return false;
+	/* Pairs with the signal code, which marks it dying and then starts the sweep, which looks for parked
+	 * tasks: either it finds this one parked, or this finds it dying. */
+	if (task_is_dying(p) && custody_release(&slot->custody) && custody_fetch(&slot->custody))
+		return false;
+	return true;
+}
+
+void BPF_STRUCT_OPS(umcg_enqueue, struct task_struct *p, u64 enq_flags)
+{
+	u32 nr = slot_of(p);
+
+	if (nr && hold_registered(p, nr))
+		return;
+	policy_enqueue(p, enq_flags);
+}
+
+/* Runs what ops.yield, ops.quiescent or the capture just noted for this CPU. */
+static __always_inline bool run_next(s32 cpu)
+{
+	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
+	u32 nr;
+
+	if (!cctx || !cctx->next)
+		return false;
+	nr = cctx->next;
+	cctx->next = 0;
+	if (burst_is_over(cctx)) {
+		queue_slot(nr);
+		return scx_bpf_dsq_move_to_local(SHARED_DSQ, 0);
+	}
+	cctx->handed_over = run_slot(nr, cpu);
+	return cctx->handed_over;
+}
+
+static __always_inline void capture_prev(struct task_struct *prev)
+{
+	struct umcg_released released = {};
+	u32 nr = slot_of(prev);
+	struct umcg_slot *slot = slot_at(nr);
+
+	if (!slot || !slot->at_boundary)
+		return;
+	capture(prev, nr, &released);
+	run_released_next(&released);
+}
+
+static __always_inline bool is_held(struct task_struct *p)
+{
+	struct umcg_slot *slot = slot_at(slot_of(p));
+
+	return slot && custody_is_held(&slot->custody);
+}
+
+void BPF_STRUCT_OPS(umcg_dispatch, s32 cpu, struct task_struct *prev)
+{
+	report_bugs();
+	if (prev)
+		capture_prev(prev);
+	if (run_next(cpu) || run_ready(cpu) || scx_bpf_dsq_move_to_local(SHARED_DSQ, 0))
+		return;
+	/* Nobody else wants this CPU. */
+	if (prev && prev->scx.flags & SCX_TASK_QUEUED && !is_held(prev))
+		scx_bpf_task_set_slice(prev, slice_ns);
+}
+
+/* A held task runs: it is shown to the watchdog, or the core ran it by itself. It must not reach user code. */
+static __always_inline void guard_held(struct task_struct *p)
+{
+	struct umcg_domain *domain;
+	struct umcg_slot *slot = slot_at(slot_of(p));
+
+	if (!slot)
+		return;
+	slot->at_boundary = false;
+	if (custody_is_held(&slot->custody)) {
+		if (!task_is_dying(p))
+			scx_bpf_kick_cpu(bpf_get_smp_processor_id(), SCX_KICK_PREEMPT);
+		return;
+	}
+	if (!slot->asleep)
+		return;
+	domain = domain_of(slot->domain);
+	if (!domain)
+		return;
+	bpf_spin_lock(&domain->lock);
+	slot->asleep = false;
+	bpf_spin_unlock(&domain->lock);
+}
+
+void BPF_STRUCT_OPS(umcg_running, struct task_struct *p)
+{
+	policy_running(p);
+	guard_held(p);
+}
+
+void BPF_STRUCT_OPS(umcg_stopping, struct task_struct *p, bool runnable)
+{
+	policy_stopping(p);
+}
+
+void BPF_STRUCT_OPS(umcg_quiescent, struct task_struct *p, u64 deq_flags)
+{
+	u32 nr;
+
+	if (!(deq_flags & SCX_DEQ_SLEEP))
+		return; /* a property changes: it is enqueued again in a moment */
+	nr = slot_of(p);
+	if (nr)
+		task_sleeps(nr);
+}
+
+void BPF_STRUCT_OPS(umcg_enable, struct task_struct *p)
+{
+	scx_bpf_task_set_dsq_vtime(p, vtime_now);
+}
+
+s32 BPF_STRUCT_OPS_SLEEPABLE(umcg_init)
+{
+	s32 err = scx_bpf_create_dsq(SHARED_DSQ, -1);
+
+	return err ?: init_sweep();
+}
+
+void BPF_STRUCT_OPS(umcg_exit, struct scx_exit_info *ei)
+{
+	UEI_RECORD(uei, ei);
+}
+
+SCX_OPS_DEFINE(umcg_ops,
+	       .yield = (void *)umcg_yield,
+	       .select_cpu = (void *)umcg_select_cpu,
+	       .enqueue = (void *)umcg_enqueue,
+	       .dispatch = (void *)umcg_dispatch,
+	       .running = (void *)umcg_running,
+	       .stopping = (void *)umcg_stopping,
+	       .quiescent = (void *)umcg_quiescent,
+	       .enable = (void *)umcg_enable,
+	       .init = (void *)umcg_init,
+	       .exit = (void *)umcg_exit,
+	       .flags = SCX_OPS_ENQ_LAST,
+	       .timeout_ms = 30000,
+	       .name = "umcg");

@@ -1,0 +1,257 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * umcg_wait(), which arrives as sched_yield(2) with UMCG_TF_WAIT in the status.
+ *
+ * Worked example. Server S (tid 10) has marked itself RUNNABLE, stored 11 in umcg_next_tid and called
+ * umcg_wait(); worker W (tid 11) is parked. ops.yield of S: W's status goes from RUNNABLE to RUNNING, W's custody
+ * from PARKED to READY, S becomes SERVING and is to be held, W is noted on this CPU. schedule() then calls
+ * ops.dispatch, which inserts W here, and ops.enqueue(S), which parks it. One system call, one switch.
+ */
+#ifndef UMCG_WAIT_BPF_H
+#define UMCG_WAIT_BPF_H
+
+#include "serve.bpf.h"
+
+/* start_worker(): the worker was asleep, so it became BLOCKED at once and its host goes on. */
+#define UMCG_STARTED_ASLEEP 1
+
+/* Who takes part in a wait; a ref whose slot is NULL stands for nobody. */
+struct umcg_wait {
+	struct umcg_ref self;
+	struct umcg_ref host;	   /* of self, if that is a hosted worker */
+	struct umcg_ref server;	   /* that self names, with UMCG_WAIT_ENQUEUE */
+	struct umcg_ref next;
+	struct umcg_ref next_host; /* of next: it marked itself RUNNABLE and has not waited yet */
+	u32 next_tid;
+	u32 flags;
+	u64 now_ns; /* 0: not asked yet */
+	u64 captured_ns; /* when next was captured, else 0 */
+	struct umcg_released released;
+};
+
+/*
+ * Makes w->next RUNNING, served by @host. A worker that only marked itself RUNNABLE and still runs is taken
+ * all the same, as in the seed: its own umcg_wait() will return at once. Its former host is free then.
+ */
+static __always_inline int start_worker(struct umcg_wait *w, struct umcg_ref *host)
+{
+	struct umcg_ref *worker = &w->next;
+	u32 *status = &worker->cell->task.umcg_status;
+	u32 state = worker->slot->state;
+
+	if (UMCG_LOAD(&worker->cell->task.umcg_server_tid) != host->slot->tid)
+		return -EINVAL;
+	if (state != UMCG_NEW && state != UMCG_WAITING && state != UMCG_ACTIVE)
+		return -EBUSY;
+	if (worker->slot->asleep && !w->now_ns)
+		return -EAGAIN;
+	if (!status_move(status, UMCG_STATE_RUNNABLE, worker->slot->asleep ? UMCG_STATE_BLOCKED : UMCG_STATE_RUNNING))
+		return -EBUSY;
+
+	end_serving(worker, &w->next_host, &w->released);
+	if (worker->slot->asleep) {
+		worker->slot->asleep = false;
+		set_state(worker->slot, UMCG_BLOCKED);
+		worker->slot->since_ns = w->now_ns;
+		worker->cell->task.umcg_blocked_ts = w->now_ns;
+		push_blocked(host, worker);
+		return UMCG_STARTED_ASLEEP;
+	}
+	if (worker->slot->captured) {
+		worker->slot->captured = false;
+		w->captured_ns = worker->slot->since_ns;
+	}
+	if (state != UMCG_ACTIVE)
+		set_state(worker->slot, UMCG_ACTIVE);
+	worker->slot->host = host->nr;
+	host->slot->serving = worker->nr;
+	if (custody_release(&worker->slot->custody))
+		released_add(&w->released, worker->nr);
+	return 0;
+}
+
+static __always_inline int start_server(struct umcg_wait *w)
+{
+	struct umcg_ref *server = &w->next;
+	u32 state = server->slot->state;
+
+	if (state != UMCG_WAITING && state != UMCG_ACTIVE)
+		return -EBUSY;
+	if (!status_move(&server->cell->task.umcg_status, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING))
+		return -EBUSY;
+	if (state == UMCG_WAITING)
+		become_running(server, &w->released);
+	return 0;
+}
+
+static __always_inline int server_waits(struct umcg_wait *w)
+{
+	struct umcg_ref *self = &w->self;
+	int ret;
+
+	if (self->slot->serving) { /* its wait had timed out, or a handler of its waits */
+		if (w->next_tid && w->next.nr != self->slot->serving)
+			return -EBUSY;
+		self->cell->task.umcg_next_tid = 0;
+		stop(self, UMCG_SERVING);
+		return 0;
+	}
+	if (!w->next_tid) {
+		stop(self, UMCG_WAITING);
+		return 0;
+	}
+	if (ref_is_server(&w->next))
+		ret = start_server(w);
+	else
+		ret = start_worker(w, self);
+	if (ret < 0)
+		return ret;
+	self->cell->task.umcg_next_tid = 0;
+	if (ret == UMCG_STARTED_ASLEEP)
+		status_move(&self->cell->task.umcg_status, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING);
+	else
+		stop(self, self->slot->serving ? UMCG_SERVING : UMCG_WAITING);
+	return 0;
+}
+
+static __always_inline void enqueue_self(struct umcg_wait *w, struct umcg_ref *server)
+{
+	push_runnable(server, &w->self);
+	tell_server(server, &w->released);
+}
+
+static __always_inline int worker_waits(struct umcg_wait *w)
+{
+	struct umcg_ref *self = &w->self;
+	bool to_host = !w->next_tid || w->next.nr == w->host.nr;
+	bool host_waits;
+	int ret = 0;
+
+	if (self->slot->state == UMCG_NEW) { /* inside umcg_register(): nothing to give up yet */
+		stop(self, UMCG_WAITING);
+		return 0;
+	}
+	if (!hosted_by(self, &w->host) || (w->flags & UMCG_WAIT_ENQUEUE && !w->server.slot))
+		return -ESRCH;
+	if (!to_host) {
+		if (ref_is_server(&w->next) || w->next.nr == self->nr)
+			return -EINVAL;
+		ret = start_worker(w, &w->host);
+		if (ret < 0)
+			return ret;
+		self->cell->task.umcg_next_tid = 0;
+	} else if (w->next_tid) {
+		self->cell->task.umcg_next_tid = 0;
+	}
+
+	/* From here on self has stopped; if it started another worker, that one has its host now. */
+	stop(self, UMCG_WAITING);
+	host_waits = w->host.slot->state == UMCG_SERVING;
+	if (to_host || ret == UMCG_STARTED_ASLEEP)
+		end_serving(self, &w->host, &w->released);
+	self->slot->host = 0;
+	if (w->flags & UMCG_WAIT_ENQUEUE)
+		enqueue_self(w, &w->server);
+	else if (to_host && !host_waits)
+		enqueue_self(w, &w->host);
+	return 0;
+}
+
+/* Under the lock, with what was looked up before it: all of that may have changed, so it is checked here. */
+static __always_inline int wait_locked(struct umcg_wait *w)
+{
+	struct umcg_slot *self = w->self.slot;
+
+	if (self->state == UMCG_WAITING || self->state == UMCG_SERVING) {
+		custody_hold(&self->custody); /* a signal handler interrupted this very wait: it goes on */
+		return 0;
+	}
+	if ((UMCG_LOAD(&w->self.cell->task.umcg_status) & UMCG_STATE_MASK) != UMCG_STATE_RUNNABLE)
+		return 0; /* an event made it RUNNING: nothing to wait for */
+	if (w->next_tid && (!w->next.slot || !ref_is(&w->next, self->domain, w->next_tid)))
+		return -ESRCH;
+	if (ref_is_server(&w->self))
+		return server_waits(w);
+	return worker_waits(w);
+}
+
+static __always_inline void wait_look_up(struct umcg_wait *w)
+{
+	struct umcg_task *task = &w->self.cell->task;
+	u32 domain = w->self.slot->domain, server_tid = UMCG_LOAD(&task->umcg_server_tid);
+
+	w->flags = UMCG_LOAD(&w->self.cell->call.flags);
+	w->next_tid = UMCG_LOAD(&task->umcg_next_tid);
+	if (server_tid == w->self.slot->tid && w->next_tid == server_tid)
+		w->next_tid = 0; /* a server that names itself idles */
+	if (!ref_get(&w->host, w->self.slot->host))
+		w->host.slot = NULL;
+	if (!(w->flags & UMCG_WAIT_ENQUEUE) || !ref_find(&w->server, domain, server_tid))
+		w->server.slot = NULL;
+	w->next_host.slot = NULL;
+	if (!w->next_tid || !ref_find(&w->next, domain, w->next_tid)) {
+		w->next.slot = NULL;
+		return;
+	}
+	if (w->next.slot->host && !ref_get(&w->next_host, w->next.slot->host))
+		w->next_host.slot = NULL;
+}
+
+/* What the system call would return. */
+static __always_inline void wait_fail(struct umcg_ref *self, int error)
+{
+	self->cell->call.result = error;
+	status_move(&self->cell->task.umcg_status, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING);
+}
+
+/* Statistics of a wait that switched; the lock is dropped. */
+static __always_inline void wait_account(const struct umcg_wait *w)
+{
+	struct umcg_stats *st = this_stats();
+
+	if (!st)
+		return;
+	st->waits++;
+	if (w->next_tid)
+		st->switches++;
+	if (w->captured_ns)
+		st->runnable_ns += bpf_ktime_get_ns() - w->captured_ns;
+}
+
+/* ops.yield of a registered task inside umcg_wait(): @nr is its slot, its run queue is locked. */
+static __always_inline void umcg_waits(struct task_struct *p, u32 nr)
+{
+	struct umcg_wait w = {};
+	struct umcg_domain *domain;
+	int ret;
+
+	if (!ref_get(&w.self, nr))
+		return;
+	domain = domain_of(w.self.slot->domain);
+	if (!domain)
+		return;
+	wait_look_up(&w);
+
+	bpf_spin_lock(&domain->lock);
+	ret = wait_locked(&w);
+	bpf_spin_unlock(&domain->lock);
+	if (ret == -EAGAIN) { /* the time is needed, and no helper may be called under the lock */
+		w.now_ns = bpf_ktime_get_ns();
+		bpf_spin_lock(&domain->lock);
+		ret = wait_locked(&w);
+		bpf_spin_unlock(&domain->lock);
+	}
+	if (ret < 0) {
+		wait_fail(&w.self, ret);
+		return;
+	}
+	wait_account(&w);
+	if (!custody_is_held(&w.self.slot->custody)) { /* it goes on: nobody else has this CPU */
+		queue_released(&w.released);
+		return;
+	}
+	scx_bpf_task_set_slice(p, 0);
+	run_released_next(&w.released);
+}
+
+#endif /* UMCG_WAIT_BPF_H */
