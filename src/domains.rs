@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! The domains: who has which number, memory and slots, from the welcome until the last task is gone.
+//!
+//! A domain lives as long as its *lease*: the client's connection and process. When either ends, the
+//! domain is *closing*: it has no lease any more, and is freed as soon as the kernel side has no task of
+//! it left. (A process that is being killed has tasks for a moment after its connection is gone.)
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use nix::errno::Errno;
+
+use crate::bytes::Bytes;
+use crate::scheduler::{Scheduler, create_domain_map};
+use crate::shared_abi::{
+    UMCG_ABI_VERSION, UMCG_DOMAIN_PARTIAL, UMCG_MAGIC, UMCG_STATE_NONE, umcg_cell, umcg_header,
+    umcg_hello, umcg_task, umcg_welcome,
+};
+use crate::slots::Slots;
+
+/// The signs that a process still uses its domain.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    pub(crate) connection: OwnedFd,
+    /// Readable once the process has exited. A child may hold a duplicate of the connection.
+    pub(crate) process: OwnedFd,
+}
+
+#[derive(Debug)]
+struct Domain {
+    slots: Range<u32>,
+    map: MapHandle,
+    lease: Option<Lease>,
+}
+
+/// All domains, by number.
+#[derive(Debug)]
+pub(crate) struct Domains {
+    domains: BTreeMap<u32, Domain>,
+    max_domains: u32,
+    slots: Slots,
+    partial: bool,
+}
+
+impl Domains {
+    pub(crate) fn new(max_domains: u32, max_tasks: u32, partial: bool) -> Self {
+        Self {
+            domains: BTreeMap::new(),
+            max_domains,
+            slots: Slots::new(max_tasks),
+            partial,
+        }
+    }
+
+    /// Opens the domain that `hello` asks for. It is closing until it gets its lease.
+    pub(crate) fn open(
+        &mut self,
+        scheduler: &Scheduler,
+        hello: &umcg_hello,
+    ) -> Result<umcg_welcome, Errno> {
+        check_hello(hello)?;
+        let number = (0..self.max_domains)
+            .find(|n| !self.domains.contains_key(n))
+            .ok_or(Errno::ENOSPC)?;
+        let slots = self.slots.take(hello.max_tasks).ok_or(Errno::ENOSPC)?;
+        let nonce = nonce()?;
+        let opened = new_map(hello.max_tasks, self.partial).and_then(|map| {
+            scheduler.open_domain(number, slots.start, hello.max_tasks, nonce, &map)?;
+            Ok(map)
+        });
+        let map = opened.inspect_err(|_| self.slots.give_back(&slots))?;
+        self.domains.insert(
+            number,
+            Domain {
+                slots,
+                map,
+                lease: None,
+            },
+        );
+        Ok(umcg_welcome {
+            error: 0,
+            abi_version: UMCG_ABI_VERSION,
+            domain: number,
+            nr_slots: hello.max_tasks,
+            nonce,
+        })
+    }
+
+    /// Keeps domain `number` open as long as `lease` lasts.
+    pub(crate) fn lease(&mut self, number: u32, lease: Lease) {
+        if let Some(domain) = self.domains.get_mut(&number) {
+            domain.lease = Some(lease);
+        }
+    }
+
+    /// Ends the lease of domain `number`.
+    pub(crate) fn end_lease(&mut self, number: u32) {
+        if let Some(domain) = self.domains.get_mut(&number) {
+            domain.lease = None;
+        }
+    }
+
+    /// Frees the domains that are closing and have no tasks any more.
+    pub(crate) fn reap(&mut self, scheduler: &Scheduler) {
+        self.domains.retain(|&number, domain| {
+            if domain.lease.is_some() {
+                return true;
+            }
+            match scheduler.close_domain(number) {
+                Ok(()) => {
+                    log::debug!("domain {number}: closed");
+                    self.slots.give_back(&domain.slots);
+                    false
+                }
+                // Tried again at the next wake-up.
+                Err(error) => {
+                    log::debug!("domain {number}: not closed yet: {error}");
+                    true
+                }
+            }
+        });
+    }
+
+    /// Tells the clients that nobody schedules them any more.
+    pub(crate) fn end_epoch(&self) {
+        for (number, domain) in &self.domains {
+            let header = umcg_header {
+                epoch: 1,
+                ..header(domain.slots.len() as u32, self.partial)
+            };
+            if let Err(error) =
+                domain
+                    .map
+                    .update(&0u32.to_ne_bytes(), header.as_bytes(), MapFlags::ANY)
+            {
+                log::warn!(
+                    "domain {number}: its process does not know that the scheduler is gone: {error}"
+                );
+            }
+        }
+    }
+
+    /// The memory of domain `number`, for its client.
+    pub(crate) fn map(&self, number: u32) -> Option<BorrowedFd<'_>> {
+        self.domains.get(&number).map(|domain| domain.map.as_fd())
+    }
+
+    /// All leases, with the number of their domain.
+    pub(crate) fn leases(&self) -> impl Iterator<Item = (u32, &Lease)> {
+        self.domains
+            .iter()
+            .filter_map(|(&number, domain)| Some((number, domain.lease.as_ref()?)))
+    }
+
+    /// The numbers of all domains, also of those that are closing.
+    pub(crate) fn numbers(&self) -> impl Iterator<Item = u32> {
+        self.domains.keys().copied()
+    }
+}
+
+/// What is wrong with a client's first message.
+fn check_hello(hello: &umcg_hello) -> Result<(), Errno> {
+    if hello.magic != UMCG_MAGIC || hello.abi_version != UMCG_ABI_VERSION {
+        return Err(Errno::EPROTO);
+    }
+    if hello.max_tasks == 0 || hello.reserved != 0 {
+        return Err(Errno::EINVAL);
+    }
+    Ok(())
+}
+
+fn header(nr_slots: u32, partial: bool) -> umcg_header {
+    umcg_header {
+        magic: UMCG_MAGIC,
+        abi_version: UMCG_ABI_VERSION,
+        nr_slots,
+        flags: if partial { UMCG_DOMAIN_PARTIAL } else { 0 },
+        ..Default::default()
+    }
+}
+
+/// The memory of a domain, with no task registered.
+fn new_map(nr_slots: u32, partial: bool) -> Result<MapHandle, Errno> {
+    let map = create_domain_map(nr_slots)?;
+    let free = umcg_cell {
+        task: umcg_task {
+            umcg_status: UMCG_STATE_NONE,
+            ..Default::default()
+        },
+        ..Default::default()
+    };
+    let header = header(nr_slots, partial);
+    let keys: Vec<u8> = (0..=nr_slots).flat_map(u32::to_ne_bytes).collect();
+    let cells = [
+        header.as_bytes(),
+        &free.as_bytes().repeat(nr_slots as usize),
+    ]
+    .concat();
+    map.update_batch(&keys, &cells, nr_slots + 1, MapFlags::ANY, MapFlags::ANY)
+        .inspect_err(|error| log::warn!("cannot fill a domain: {error}"))
+        .map_err(|_| Errno::ENOMEM)?;
+    Ok(map)
+}
+
+/// A number that nobody can guess, and not 0, which means "used up".
+fn nonce() -> Result<u64, Errno> {
+    let mut bytes = [0; size_of::<u64>()];
+    File::open("/dev/urandom")
+        .and_then(|mut random| random.read_exact(&mut bytes))
+        .inspect_err(|error| log::warn!("cannot read /dev/urandom: {error}"))
+        .map_err(|_| Errno::ENOMEM)?;
+    Ok(u64::from_ne_bytes(bytes).max(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HELLO: umcg_hello = umcg_hello {
+        magic: UMCG_MAGIC,
+        abi_version: UMCG_ABI_VERSION,
+        max_tasks: 1,
+        reserved: 0,
+    };
+
+    #[test]
+    fn a_hello_is_checked_before_anything_is_allocated() {
+        let check = |hello| check_hello(&hello).err();
+        assert_eq!(check(HELLO), None);
+        assert_eq!(check(umcg_hello { magic: 0, ..HELLO }), Some(Errno::EPROTO));
+        assert_eq!(
+            check(umcg_hello {
+                abi_version: 2,
+                ..HELLO
+            }),
+            Some(Errno::EPROTO)
+        );
+        assert_eq!(
+            check(umcg_hello {
+                max_tasks: 0,
+                ..HELLO
+            }),
+            Some(Errno::EINVAL)
+        );
+        assert_eq!(
+            check(umcg_hello {
+                reserved: 1,
+                ..HELLO
+            }),
+            Some(Errno::EINVAL)
+        );
+    }
+}
