@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! The kernel log of one test: whatever the kernel warns of while a test runs fails it.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
+
+/// What the emulated hardware makes the kernel say, whoever runs on it.
+const NOISE: [&str; 4] = ["clocksource:", "hrtimer: interrupt took", "TSC", "perf: interrupt took too long"];
+/// Said at a level that is not a warning, and fatal to us all the same.
+const ALARMS: [&str; 5] = ["sched_ext: BPF scheduler \"umcg", "BUG:", "WARNING:", "Oops", "stall"];
+/// The one thing that may be said of a scheduler that ended: it was asked to.
+const ORDERLY: &str = "disabled (unregistered from user space)";
+/// Messages of this level and above (lower numbers) are warnings.
+const KERN_WARNING: u32 = 4;
+
+pub struct KernelLog {
+    file: File,
+    messages: Vec<Message>,
+}
+
+struct Message {
+    level: u32,
+    text: String,
+}
+
+impl KernelLog {
+    pub fn from_now() -> Self {
+        let mut log = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open("/dev/kmsg")
+            .expect("cannot read the kernel log");
+        log.seek(SeekFrom::End(0)).expect("cannot skip the old kernel log");
+        Self { file: log, messages: Vec::new() }
+    }
+
+    /// Everything since `from_now`; /dev/kmsg tells each record once, so they are kept.
+    fn messages(&mut self) -> &[Message] {
+        let mut buffer = [0; 8192];
+        while let Ok(length) = self.file.read(&mut buffer) {
+            let record = String::from_utf8_lossy(&buffer[..length]);
+            let Some((head, text)) = record.split_once(';') else { continue };
+            let priority: u32 = head.split(',').next().and_then(|p| p.parse().ok()).unwrap_or(0);
+            let text = text.lines().next().unwrap_or("").to_owned();
+            self.messages.push(Message { level: priority & 7, text });
+        }
+        &self.messages
+    }
+
+    /// The messages for a person who looks at a failure.
+    pub fn all(&mut self) -> String {
+        self.messages().iter().map(|message| format!("  kernel: {}\n", message.text)).collect()
+    }
+
+    pub fn assert_clean(&mut self) -> Result<(), String> {
+        match self.messages().iter().find(|message| message.is_bad()) {
+            None => Ok(()),
+            Some(message) => Err(format!("the kernel log is not clean: {}", message.text)),
+        }
+    }
+}
+
+impl Message {
+    fn is_bad(&self) -> bool {
+        if NOISE.iter().any(|noise| self.text.contains(noise)) || self.text.contains(ORDERLY) {
+            return false;
+        }
+        let enabled = self.text.ends_with("enabled");
+        self.level <= KERN_WARNING || (!enabled && ALARMS.iter().any(|alarm| self.text.contains(alarm)))
+    }
+}

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! Tests of the whole, on a kernel with sched_ext: scripts/test runs this binary in a virtual machine.
+//!
+//! One file a behaviour. Each test runs in a process of its own, against one loader that serves them all
+//! (tests of the loader itself start their own); after each, the loader must still serve and the kernel log
+//! must be clean. Nothing here asserts on absolute times: tests wait for an end state, with a generous limit
+//! that only turns a hang into a failure.
+
+mod api;
+mod cast;
+mod harness;
+mod kernel_log;
+
+mod blocking;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let tests = [blocking::TESTS].concat();
+    harness::main(&tests)
+}
