@@ -13,13 +13,18 @@
  * Until Linux 6.18 the tracepoint also fires inside the delivery of a signal, which goes on to touch the
  * user's stack: stopping there would mean stopping with mm locks held. signal_deliver announces that one.
  *
- * The same road takes a held worker that slept (its signal frame faulted, say) back to where it may be held.
+ * The same road takes a held worker that was let go for a signal, or slept, back to where it may be held.
+ *
+ * And it preempts: a RUNNING worker with UMCG_TF_PREEMPT stops where it is about to return to user code, or where
+ * the timer tick (ops.tick) finds it there. Never inside the kernel, where it may hold locks.
  */
 #ifndef UMCG_CAPTURE_BPF_H
 #define UMCG_CAPTURE_BPF_H
 
 #include "compat.bpf.h"
 #include "serve.bpf.h"
+
+extern struct pt_regs *__irq_regs __ksym;
 
 #define SIGKILL_BIT (1ULL << (9 - 1))
 
@@ -29,11 +34,23 @@ static __always_inline bool task_is_dying(const struct task_struct *p)
 	return p->flags & PF_EXITING || p->pending.signal.sig[0] & SIGKILL_BIT;
 }
 
+static __always_inline bool wants_preemption(const struct umcg_slot *slot)
+{
+	struct umcg_cell *cell;
+
+	if (UMCG_LOAD(&slot->state) != UMCG_ACTIVE || !UMCG_LOAD(&slot->host))
+		return false;
+	cell = cell_at(slot->domain, slot->cell);
+	return cell && UMCG_LOAD(&cell->task.umcg_status) & UMCG_TF_PREEMPT;
+}
+
+/* At the boundary to user code: is it to stop there? */
 static __always_inline bool wants_capture(const struct umcg_slot *slot)
 {
 	u32 state = UMCG_LOAD(&slot->state);
 
-	return state == UMCG_BLOCKED || (state == UMCG_WAITING && !custody_is_held(&slot->custody));
+	return state == UMCG_BLOCKED || (state == UMCG_WAITING && !custody_is_held(&slot->custody)) ||
+	       wants_preemption(slot);
 }
 
 /* Under the lock. True if a block ended here. */
@@ -57,8 +74,9 @@ static __always_inline bool capture_locked(struct umcg_ref *self, struct umcg_re
 
 static __always_inline void capture(struct task_struct *p, u32 nr, struct umcg_released *released)
 {
-	struct umcg_ref self, server;
+	struct umcg_ref self, server, host;
 	struct umcg_domain *domain;
+	bool preempted = false;
 	u64 now_ns, blocked_ns = 0;
 	u32 server_tid;
 
@@ -71,6 +89,8 @@ static __always_inline void capture(struct task_struct *p, u32 nr, struct umcg_r
 	server_tid = UMCG_LOAD(&self.cell->task.umcg_server_tid);
 	if (!ref_find(&server, self.slot->domain, server_tid) || !ref_is_server(&server))
 		server.slot = NULL;
+	if (!ref_get(&host, self.slot->host))
+		host.slot = NULL;
 	now_ns = bpf_ktime_get_ns();
 
 	bpf_spin_lock(&domain->lock);
@@ -79,9 +99,13 @@ static __always_inline void capture(struct task_struct *p, u32 nr, struct umcg_r
 	if (capture_locked(&self, &server, now_ns, released)) {
 		blocked_ns = now_ns - self.slot->since_ns;
 		self.slot->since_ns = now_ns;
+	} else if (UMCG_LOAD(&self.cell->task.umcg_status) & UMCG_TF_PREEMPT) {
+		preempted = worker_preempted(&self, &host, now_ns, released);
 	}
 	bpf_spin_unlock(&domain->lock);
 
+	if (preempted)
+		STAT_INC(preemptions);
 	if (blocked_ns) {
 		STAT_INC(captures);
 		STAT_ADD(blocked_ns, blocked_ns);
@@ -104,6 +128,30 @@ int BPF_PROG(umcg_rseq_update, struct task_struct *p)
 		scx_bpf_kick_cpu(bpf_get_smp_processor_id(), SCX_KICK_PREEMPT);
 	}
 	return 0;
+}
+
+/*
+ * ops.tick: the interrupt that this runs in has hit user code if the registers that it saved say so; then the
+ * schedule() that follows is at the boundary.
+ */
+static __always_inline bool tick_hit_user(void)
+{
+	struct pt_regs **saved = bpf_this_cpu_ptr(&__irq_regs), *regs = *saved;
+	u64 cs = 0;
+
+	if (!regs || bpf_probe_read_kernel(&cs, sizeof(cs), &regs->cs))
+		return false;
+	return (cs & 3) == 3;
+}
+
+static __always_inline void preempt_at_tick(struct task_struct *p)
+{
+	struct umcg_slot *slot = slot_at(slot_of(p));
+
+	if (!slot || !wants_preemption(slot) || !tick_hit_user())
+		return;
+	slot->at_boundary = true;
+	scx_bpf_task_set_slice(p, 0);
 }
 
 /* Linux 6.18 and older: the rseq update of the delivery itself comes next, and is none of ours. */

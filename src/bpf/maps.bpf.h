@@ -33,6 +33,9 @@ const volatile u64 slice_ns = 5000000;
 /* Kernel side of one task. */
 struct umcg_slot {
 	struct task_struct __kptr *task; /* set by registration, taken by retire() */
+	struct bpf_timer timer; /* of umcg_wait(): see timeout.bpf.h */
+	u64 deadline_ns; /* CLOCK_MONOTONIC of the wait in progress, 0 for none; under the lock */
+	u64 seen_signals; /* of the process, that the sweep has let this task go for; the sweep's own */
 	u32 custody;	 /* enum umcg_custody; atomics of hold.bpf.h only */
 	u32 state;	 /* enum umcg_state; written under the domain's lock */
 	u32 host;	 /* slot of the server that serves this ACTIVE worker, else 0; under the lock */
@@ -46,7 +49,7 @@ struct umcg_slot {
 	bool asleep;	 /* went to sleep in a state that does not show it; under the lock */
 	bool at_boundary; /* about to return to user code: written on the task's own CPU only */
 	bool in_handler;  /* the next rseq update belongs to the delivery of a signal; likewise */
-	bool captured;	 /* WAITING through capture: since_ns counts; under the lock */
+	bool captured;	 /* WAITING by the kernel side's doing: since_ns counts; under the lock */
 };
 
 /* Kernel side of one domain. */

@@ -12,6 +12,7 @@
 #include "compat.bpf.h"
 #include "serve.bpf.h"
 #include "sweep.bpf.h"
+#include "timeout.bpf.h"
 
 /* Its tid in its own pid namespace, which is what the program knows it by. */
 static __always_inline u32 task_vtid(struct task_struct *p)
@@ -138,6 +139,7 @@ static __always_inline int claim_slot(struct umcg_domain *domain, struct umcg_sl
 		slot->host = 0;
 		slot->serving = 0;
 		slot->tid = 0; /* ref_is() nobody yet */
+		slot->deadline_ns = 0;
 		slot->asleep = false;
 		slot->captured = false;
 		ret = 0;
@@ -224,6 +226,9 @@ static int ctl_register(struct umcg_ctl_args *args, struct task_struct *p)
 		return ret;
 	if (!is_server && (!ref_find(&server, args->domain, server_tid) || !ref_is_server(&server)))
 		return -ESRCH;
+	ret = init_timeout(self.slot);
+	if (ret)
+		return ret;
 	ret = claim_slot(domain, self.slot, is_server ? UMCG_ACTIVE : UMCG_NEW);
 	if (ret)
 		return ret;
@@ -233,6 +238,7 @@ static int ctl_register(struct umcg_ctl_args *args, struct task_struct *p)
 	self.slot->addr = args->addr;
 	self.slot->at_boundary = false;
 	self.slot->in_handler = false;
+	self.slot->seen_signals = 0;
 	self.slot->tid = tid;
 	self.cell->task.umcg_tid = tid;
 	ret = publish(tctx, self.slot, p, nr);

@@ -70,4 +70,26 @@ static __always_inline void stop(struct umcg_ref *task, u32 state)
 	custody_hold(&task->slot->custody);
 }
 
+/*
+ * RUNNING to RUNNABLE without having asked for it in umcg_wait(): preempted, or the worker's own sched_yield(2).
+ * True if it was a worker and stops here.
+ */
+static __always_inline bool worker_preempted(struct umcg_ref *self, struct umcg_ref *host, u64 now_ns,
+					     struct umcg_released *released)
+{
+	struct umcg_task *task = &self->cell->task;
+
+	if (self->slot->state != UMCG_ACTIVE || !hosted_by(self, host))
+		return false;
+	if (!status_move(&task->umcg_status, UMCG_STATE_RUNNING, UMCG_STATE_RUNNABLE))
+		return false; /* it marked itself: its umcg_wait() comes in a moment */
+	task->umcg_runnable_ts = now_ns;
+	self->slot->since_ns = now_ns;
+	self->slot->captured = true;
+	stop(self, UMCG_WAITING);
+	push_runnable(host, self);
+	end_serving(self, host, released);
+	return true;
+}
+
 #endif /* UMCG_SERVE_BPF_H */

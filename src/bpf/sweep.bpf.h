@@ -7,7 +7,10 @@
  *   ops.running, finding it held, interrupts its own CPU; the interrupt arrives as soon as the switch is over,
  *   and the task is switched out and parked again without having left schedule(). Once a second rather than
  *   just below the watchdog's limit, because a grace period of RCU tasks waits for every one of them, too.
- * - A fatal signal makes a sleeping task runnable, and does nothing to one that is. Held tasks are let go.
+ * - A signal, fatal or not, wakes a task that sleeps, and does nothing to one that is runnable; so do job control,
+ *   ptrace and the freezer. A held task with anything of the kind pending is let go, its state unchanged: it does
+ *   inside the kernel what is asked of it, and is held again at the boundary (a worker: capture.bpf.h), or runs
+ *   its handler and goes on waiting (a server: wait.bpf.h).
  * - A released task that no CPU fetched (the queue of hints was full) is queued again.
  *
  * It runs while tasks are registered.
@@ -56,9 +59,26 @@ static __always_inline void need_sweep(void)
 		arm_sweep(SWEEP_PERIOD_NS);
 }
 
+/* From the kernel's linux/sched/jobctl.h: JOBCTL_STOP_PENDING, TRAP_STOP, TRAP_NOTIFY, TRAP_FREEZE. */
+#define JOBCTL_PENDING (1UL << 17 | 1UL << 19 | 1UL << 20 | 1UL << 23)
+
+/*
+ * The kernel chose one thread for a signal of the process and marked it in a flag whose place differs between
+ * kernels. So every thread that may take the signal is let go, once; whom it was for takes it, the others come back.
+ */
+static __always_inline bool wanted_by_kernel(struct umcg_slot *slot, struct task_struct *p)
+{
+	u64 deliverable = ~p->blocked.sig[0];
+	u64 shared = p->signal->shared_pending.signal.sig[0] & deliverable;
+	bool is_new = shared & ~slot->seen_signals;
+
+	slot->seen_signals = shared;
+	return is_new || p->pending.signal.sig[0] & deliverable || p->jobctl & JOBCTL_PENDING;
+}
+
 static __always_inline void sweep_parked(struct umcg_slot *slot, u32 nr, struct task_struct *p)
 {
-	if (task_is_dying(p)) {
+	if (task_is_dying(p) || wanted_by_kernel(slot, p)) {
 		if (custody_release(&slot->custody)) {
 			STAT_INC(signal_releases);
 			queue_slot(nr);
@@ -131,13 +151,13 @@ static __always_inline int init_sweep(void)
 }
 
 /*
- * A signal that kills: held tasks need not wait for the next round. Other ways to die (exit_group, exec, a
- * core dump) pass no tracepoint; the sweep finds those.
+ * A signal: held tasks need not wait for the next round. What passes no tracepoint (exit_group, exec, a core dump,
+ * ptrace, the freezer) the next round finds.
  */
 SEC("tp_btf/signal_generate")
 int BPF_PROG(umcg_signal_generate, int sig, struct kernel_siginfo *info, struct task_struct *p)
 {
-	if (UMCG_LOAD(&nr_registered) && task_is_dying(p))
+	if (UMCG_LOAD(&nr_registered))
 		arm_sweep(0);
 	return 0;
 }

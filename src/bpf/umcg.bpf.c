@@ -48,10 +48,12 @@ bool BPF_STRUCT_OPS(umcg_yield, struct task_struct *from, struct task_struct *to
 	if (to)
 		return false; /* yield_to() is KVM's; there is no hand-over to arbitrary tasks */
 	nr = slot_of(from);
-	if (nr && ref_get(&self, nr) && UMCG_LOAD(&self.cell->task.umcg_status) & UMCG_TF_WAIT)
+	if (!nr || !ref_get(&self, nr))
+		scx_bpf_task_set_slice(from, 0);
+	else if (UMCG_LOAD(&self.cell->task.umcg_status) & UMCG_TF_WAIT)
 		umcg_waits(from, nr);
 	else
-		scx_bpf_task_set_slice(from, 0);
+		task_yields(from, &self);
 	return false;
 }
 
@@ -165,6 +167,11 @@ static __always_inline void guard_held(struct task_struct *p)
 	bpf_spin_unlock(&domain->lock);
 }
 
+void BPF_STRUCT_OPS(umcg_tick, struct task_struct *p)
+{
+	preempt_at_tick(p);
+}
+
 void BPF_STRUCT_OPS(umcg_running, struct task_struct *p)
 {
 	policy_running(p);
@@ -199,8 +206,31 @@ s32 BPF_STRUCT_OPS_SLEEPABLE(umcg_init)
 	return err ?: init_sweep();
 }
 
+/* Without these two the core ejects a scheduler when a CPU comes or goes. What is queued is for all CPUs. */
+void BPF_STRUCT_OPS(umcg_cpu_online, s32 cpu)
+{
+}
+
+void BPF_STRUCT_OPS(umcg_cpu_offline, s32 cpu)
+{
+}
+
+/* However the scheduler ends: the library looks at the epoch whenever a wait returns that should not have. */
+static __always_inline void end_epoch(void)
+{
+	struct umcg_header *header;
+	u32 domain;
+
+	bpf_for(domain, 0, max_domains) {
+		header = (void *)cell_at(domain, 0);
+		if (header)
+			UMCG_STORE(&header->epoch, 1);
+	}
+}
+
 void BPF_STRUCT_OPS(umcg_exit, struct scx_exit_info *ei)
 {
+	end_epoch();
 	UEI_RECORD(uei, ei);
 }
 
@@ -209,10 +239,13 @@ SCX_OPS_DEFINE(umcg_ops,
 	       .select_cpu = (void *)umcg_select_cpu,
 	       .enqueue = (void *)umcg_enqueue,
 	       .dispatch = (void *)umcg_dispatch,
+	       .tick = (void *)umcg_tick,
 	       .running = (void *)umcg_running,
 	       .stopping = (void *)umcg_stopping,
 	       .quiescent = (void *)umcg_quiescent,
 	       .enable = (void *)umcg_enable,
+	       .cpu_online = (void *)umcg_cpu_online,
+	       .cpu_offline = (void *)umcg_cpu_offline,
 	       .init = (void *)umcg_init,
 	       .exit = (void *)umcg_exit,
 	       .flags = SCX_OPS_ENQ_LAST,

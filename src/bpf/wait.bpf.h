@@ -11,6 +11,7 @@
 #define UMCG_WAIT_BPF_H
 
 #include "serve.bpf.h"
+#include "timeout.bpf.h"
 
 /* start_worker(): the worker was asleep, so it became BLOCKED at once and its host goes on. */
 #define UMCG_STARTED_ASLEEP 1
@@ -25,6 +26,7 @@ struct umcg_wait {
 	u32 next_tid;
 	u32 flags;
 	u64 now_ns; /* 0: not asked yet */
+	u64 deadline_ns; /* CLOCK_MONOTONIC, 0 for none */
 	u64 captured_ns; /* when next was captured, else 0 */
 	struct umcg_released released;
 };
@@ -89,7 +91,8 @@ static __always_inline int server_waits(struct umcg_wait *w)
 	struct umcg_ref *self = &w->self;
 	int ret;
 
-	if (self->slot->serving) { /* its wait had timed out, or a handler of its waits */
+	self->slot->deadline_ns = w->deadline_ns;
+	if (self->slot->serving) { /* its wait had timed out */
 		if (w->next_tid && w->next.nr != self->slot->serving)
 			return -EBUSY;
 		self->cell->task.umcg_next_tid = 0;
@@ -163,7 +166,9 @@ static __always_inline int wait_locked(struct umcg_wait *w)
 	struct umcg_slot *self = w->self.slot;
 
 	if (self->state == UMCG_WAITING || self->state == UMCG_SERVING) {
-		custody_hold(&self->custody); /* a signal handler interrupted this very wait: it goes on */
+		/* It was let go for a signal, and its wait goes on; so does the time that it may take. */
+		custody_hold(&self->custody);
+		w->deadline_ns = 0;
 		return 0;
 	}
 	if ((UMCG_LOAD(&w->self.cell->task.umcg_status) & UMCG_STATE_MASK) != UMCG_STATE_RUNNABLE)
@@ -180,7 +185,11 @@ static __always_inline void wait_look_up(struct umcg_wait *w)
 	struct umcg_task *task = &w->self.cell->task;
 	u32 domain = w->self.slot->domain, server_tid = UMCG_LOAD(&task->umcg_server_tid);
 
+	u64 timeout_ns = UMCG_LOAD(&w->self.cell->call.timeout_ns);
+
 	w->flags = UMCG_LOAD(&w->self.cell->call.flags);
+	if (timeout_ns)
+		w->deadline_ns = deadline_after(timeout_ns);
 	w->next_tid = UMCG_LOAD(&task->umcg_next_tid);
 	if (server_tid == w->self.slot->tid && w->next_tid == server_tid)
 		w->next_tid = 0; /* a server that names itself idles */
@@ -250,8 +259,32 @@ static __always_inline void umcg_waits(struct task_struct *p, u32 nr)
 		queue_released(&w.released);
 		return;
 	}
+	if (w.deadline_ns)
+		start_timeout(w.self.slot, w.deadline_ns);
 	scx_bpf_task_set_slice(p, 0);
 	run_released_next(&w.released);
+}
+
+/* ops.yield of a registered task outside of umcg_wait(): a worker gives its host the CPU. */
+static __always_inline void task_yields(struct task_struct *p, struct umcg_ref *self)
+{
+	struct umcg_released released = {};
+	struct umcg_domain *domain = domain_of(self->slot->domain);
+	struct umcg_ref host;
+	u64 now_ns;
+	bool stopped;
+
+	scx_bpf_task_set_slice(p, 0);
+	if (!domain || !self->slot->host || !ref_get(&host, self->slot->host))
+		return;
+	now_ns = bpf_ktime_get_ns();
+	bpf_spin_lock(&domain->lock);
+	stopped = worker_preempted(self, &host, now_ns, &released);
+	bpf_spin_unlock(&domain->lock);
+	if (!stopped)
+		return;
+	STAT_INC(preemptions);
+	run_released_next(&released);
 }
 
 #endif /* UMCG_WAIT_BPF_H */

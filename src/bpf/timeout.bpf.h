@@ -1,0 +1,64 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Timeouts of umcg_wait(): a timer in each slot.
+ *
+ * A timer is never cancelled: what it finds decides. It counts only if the task still waits and the deadline of
+ * *that* wait has passed; a timer left over from an earlier wait finds a later deadline, or none, or nobody waiting.
+ */
+#ifndef UMCG_TIMEOUT_BPF_H
+#define UMCG_TIMEOUT_BPF_H
+
+#include "serve.bpf.h"
+
+#define END_OF_TIME (~0ULL >> 1) /* ktime_t is signed */
+
+static int wait_timed_out(void *map, u32 *nr, struct umcg_slot *slot)
+{
+	struct umcg_released released = {};
+	struct umcg_domain *domain;
+	struct umcg_ref self;
+	u64 now_ns = bpf_ktime_get_ns();
+
+	if (!ref_get(&self, *nr))
+		return 0;
+	domain = domain_of(self.slot->domain);
+	if (!domain)
+		return 0;
+	bpf_spin_lock(&domain->lock);
+	if ((self.slot->state == UMCG_WAITING || self.slot->state == UMCG_SERVING) && self.slot->deadline_ns &&
+	    self.slot->deadline_ns <= now_ns) {
+		self.slot->deadline_ns = 0;
+		self.cell->call.result = -ETIMEDOUT;
+		become_running(&self, &released); /* one that serves stays serving */
+	}
+	bpf_spin_unlock(&domain->lock);
+	bpf_rcu_read_lock();
+	queue_released(&released);
+	bpf_rcu_read_unlock();
+	return 0;
+}
+
+/* Once for each slot; a slot that is used again has its timer already. */
+static __always_inline int init_timeout(struct umcg_slot *slot)
+{
+	int err = bpf_timer_init(&slot->timer, &slots, CLOCK_MONOTONIC);
+
+	if (err)
+		return err == -EBUSY ? 0 : err;
+	return bpf_timer_set_callback(&slot->timer, wait_timed_out);
+}
+
+/* CLOCK_MONOTONIC @timeout_ns from now; what lies beyond the end of time is the end of time. */
+static __always_inline u64 deadline_after(u64 timeout_ns)
+{
+	u64 now_ns = bpf_ktime_get_ns(), deadline_ns = now_ns + timeout_ns;
+
+	return deadline_ns < now_ns || deadline_ns > END_OF_TIME ? END_OF_TIME : deadline_ns;
+}
+
+static __always_inline void start_timeout(struct umcg_slot *slot, u64 deadline_ns)
+{
+	bpf_timer_start(&slot->timer, deadline_ns, BPF_F_TIMER_ABS);
+}
+
+#endif /* UMCG_TIMEOUT_BPF_H */
