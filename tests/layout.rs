@@ -167,7 +167,7 @@ const C_PREAMBLE: &str = r#"
 #define SIZE(s) printf(#s ": %zu bytes\n", sizeof(struct s))
 #define CONSTANT(c) printf(#c " = %llu\n", (unsigned long long)(c))
 
-static void show(const char *name, size_t offset, const char *kind, size_t length)
+static inline void show(const char *name, size_t offset, const char *kind, size_t length)
 {
 	if (length)
 		printf("%s at %zu: [%s; %zu]\n", name, offset, kind, length);

@@ -4,7 +4,7 @@
  *
  * Rooms that hold an algorithm (hold, list, status) use nothing else, so that a native build can give them
  * other definitions and a model checker can run every interleaving of the very lines that the kernel runs.
- * UMCG_CMPXCHG and UMCG_XCHG are full barriers, as the kernel's cmpxchg() and xchg() are.
+ * UMCG_CMPXCHG and UMCG_XCHG are full barriers, a failed UMCG_CMPXCHG too: so it is on x86-64, and park() needs it.
  */
 #ifndef UMCG_ATOMIC_BPF_H
 #define UMCG_ATOMIC_BPF_H

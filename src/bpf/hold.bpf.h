@@ -23,8 +23,9 @@
  * finds PARKED and answers for inserting A. There is no third order.
  *
  * The core may take a parked task back at any time (affinity, nice, policy change) and hands it to
- * ops.enqueue again: so park() is to be called in every state. A fetched or shown task that the core took
- * back meanwhile is dropped by the core's own sequence number, and comes through ops.enqueue instead.
+ * ops.enqueue again: so park() is to be called in every state. An insertion that was noted before the core
+ * took the task back is dropped by the core's own sequence number, and the task comes through ops.enqueue instead. One
+ * that was decided before and noted after (a late insertion) runs a task that is held: ops.running sends it back.
  */
 #ifndef UMCG_HOLD_BPF_H
 #define UMCG_HOLD_BPF_H
@@ -43,16 +44,19 @@ static __always_inline bool custody_move(u32 *custody, u32 from, u32 to)
 	return UMCG_CMPXCHG(custody, from, to) == from;
 }
 
-/* The task itself, on its CPU, before it is switched out: park me. */
+/*
+ * The task itself, on its CPU, before it is switched out: park me. It runs, so the core has it, whatever the word
+ * says: after a late insertion (see above) it may be READY still.
+ */
 static __always_inline void custody_hold(u32 *custody)
 {
-	custody_move(custody, UMCG_CUSTODY_FREE, UMCG_CUSTODY_HOLD);
+	UMCG_XCHG(custody, UMCG_CUSTODY_HOLD);
 }
 
-/* The task itself: it goes to sleep instead; nobody can have parked it. */
+/* The task itself: it goes to sleep instead. */
 static __always_inline void custody_unhold(u32 *custody)
 {
-	custody_move(custody, UMCG_CUSTODY_HOLD, UMCG_CUSTODY_FREE);
+	UMCG_XCHG(custody, UMCG_CUSTODY_FREE);
 }
 
 /*

@@ -21,6 +21,7 @@
 #ifndef UMCG_STATE_BPF_H
 #define UMCG_STATE_BPF_H
 
+#include "../../include/umcg.h"
 #include "atomic.bpf.h"
 
 enum umcg_state {

@@ -9,12 +9,8 @@ fn main() -> io::Result<()> {
             println!("cargo::rerun-if-changed={}", entry?.path().display());
         }
     }
-    let mut b = cc::Build::new();
-    println!("cargo::rerun-if-env-changed=ROOMS_OVERRIDE");
-    if let Ok(d) = std::env::var("ROOMS_OVERRIDE") {
-        b.include(d);
-    }
-    b.file("native/rooms.c")
+    cc::Build::new()
+        .file("native/rooms.c")
         .include("../../src/bpf")
         .include("../../include")
         .std("gnu11")
