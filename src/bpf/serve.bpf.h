@@ -46,7 +46,7 @@ static __always_inline void tell_server(struct umcg_ref *server, struct umcg_rel
 	if (server->slot->state == UMCG_WAITING)
 		become_running(server, released);
 	else if (server->slot->state == UMCG_ACTIVE)
-		status_move(&server->cell->task.umcg_status, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING);
+		status_unmark(&server->cell->task.umcg_status);
 }
 
 /* A worker stopped: its host is free, and becomes RUNNING unless it is (its wait had timed out). */

@@ -66,15 +66,9 @@ static __always_inline bool state_may_become(u32 from, u32 to)
 /* Only a program that hammers its own status word makes more than two attempts fail. */
 #define UMCG_STATUS_ATTEMPTS 8
 
-/*
- * Moves the state bits of a status word @from one state @to another and keeps the program's bits. False if
- * it was not in @from, or if the program keeps changing it, which counts as "not in @from".
- *
- * Leaving RUNNING ends a request to preempt; becoming RUNNING ends the library's wait.
- */
-static __always_inline bool status_move(u32 *status, u32 from, u32 to)
+/* Changes the state bits @from one state @to another, clears the flags @ends, and keeps all other bits. */
+static __always_inline bool status_change(u32 *status, u32 from, u32 to, u32 ends)
 {
-	u32 ends = UMCG_STATE_MASK | UMCG_TF_PREEMPT | (to == UMCG_STATE_RUNNING ? UMCG_TF_WAIT : 0);
 	u32 old;
 	int i;
 
@@ -82,10 +76,31 @@ static __always_inline bool status_move(u32 *status, u32 from, u32 to)
 		old = UMCG_LOAD(status);
 		if ((old & UMCG_STATE_MASK) != from)
 			return false;
-		if (UMCG_CMPXCHG(status, old, (old & ~ends) | to) == old)
+		if (UMCG_CMPXCHG(status, old, (old & ~(UMCG_STATE_MASK | ends)) | to) == old)
 			return true;
 	}
 	return false;
+}
+
+/*
+ * Moves a status word @from one state @to another. False if it was not in @from, or if the program keeps changing
+ * it, which counts as "not in @from".
+ *
+ * Leaving RUNNING ends a request to preempt; becoming RUNNING ends the library's wait.
+ */
+static __always_inline bool status_move(u32 *status, u32 from, u32 to)
+{
+	return status_change(status, from, to, UMCG_TF_PREEMPT | (to == UMCG_STATE_RUNNING ? UMCG_TF_WAIT : 0));
+}
+
+/*
+ * Takes back the mark of a task that has marked itself RUNNABLE and not waited yet. It may be on its way to
+ * sched_yield(2), which must still be known for umcg_wait()'s: a plain one means something else. So the flag
+ * of the wait stays; the library clears it.
+ */
+static __always_inline bool status_unmark(u32 *status)
+{
+	return status_change(status, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING, UMCG_TF_PREEMPT);
 }
 
 /* Shows @to whatever the program has made of the word; its own 16 bits survive unless it fights for them. */

@@ -31,6 +31,18 @@ struct umcg_wait {
 	struct umcg_released released;
 };
 
+/* The one step that several may try and one wins: RUNNABLE to RUNNING, or to BLOCKED if it sleeps. */
+static __always_inline bool take(struct umcg_ref *task)
+{
+	u32 *status = &task->cell->task.umcg_status;
+
+	if (task->slot->asleep)
+		return status_move(status, UMCG_STATE_RUNNABLE, UMCG_STATE_BLOCKED);
+	if (task->slot->state == UMCG_WAITING)
+		return status_move(status, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING);
+	return status_unmark(status);
+}
+
 /*
  * Makes w->next RUNNING, served by @host. A worker that only marked itself RUNNABLE and still runs is taken
  * all the same, as in the seed: its own umcg_wait() will return at once. Its former host is free then.
@@ -38,7 +50,6 @@ struct umcg_wait {
 static __always_inline int start_worker(struct umcg_wait *w, struct umcg_ref *host)
 {
 	struct umcg_ref *worker = &w->next;
-	u32 *status = &worker->cell->task.umcg_status;
 	u32 state = worker->slot->state;
 
 	if (UMCG_LOAD(&worker->cell->task.umcg_server_tid) != host->slot->tid)
@@ -47,7 +58,7 @@ static __always_inline int start_worker(struct umcg_wait *w, struct umcg_ref *ho
 		return -EBUSY;
 	if (worker->slot->asleep && !w->now_ns)
 		return -EAGAIN;
-	if (!status_move(status, UMCG_STATE_RUNNABLE, worker->slot->asleep ? UMCG_STATE_BLOCKED : UMCG_STATE_RUNNING))
+	if (!take(worker))
 		return -EBUSY;
 
 	end_serving(worker, &w->next_host, &w->released);
@@ -79,7 +90,8 @@ static __always_inline int start_server(struct umcg_wait *w)
 
 	if (state != UMCG_WAITING && state != UMCG_ACTIVE)
 		return -EBUSY;
-	if (!status_move(&server->cell->task.umcg_status, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING))
+	server->slot->asleep = false; /* a server that sleeps is no business of anybody's */
+	if (!take(server))
 		return -EBUSY;
 	if (state == UMCG_WAITING)
 		become_running(server, &w->released);
