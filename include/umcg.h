@@ -96,11 +96,7 @@ struct umcg_task {
 	uint64_t umcg_user_data;
 	/** Zero at registration. */
 	uint64_t umcg_reserved;
-}
-#ifndef __cplusplus
-__attribute__((aligned(64)))
-#endif
-;
+} __attribute__((aligned(64)));
 
 /** umcg_open(): without a loader, go on with the futex back end instead of failing. */
 #define UMCG_OPEN_FALLBACK 1U

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use nix::cmsg_space;
 use nix::sys::socket::{
-    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, connect, recvmsg,
-    sendmsg, socket,
+    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, connect, recvmsg, sendmsg,
+    socket,
 };
 
 use crate::errno::Errno;
@@ -45,51 +45,25 @@ pub(crate) fn ask(path: &Path, max_tasks: u32) -> Result<Handover, Errno> {
     }
     Errno::check(welcome.error)?;
     let [map, control] = <[OwnedFd; 2]>::try_from(fds).map_err(|_| Errno::EPROTO)?;
-    Ok(Handover {
-        welcome,
-        connection,
-        map,
-        control,
-    })
+    Ok(Handover { welcome, connection, map, control })
 }
 
 fn connected(path: &Path) -> Result<OwnedFd, Errno> {
-    let connection = socket(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )?;
+    let connection = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
     let address = UnixAddr::new(path)?;
     retry(|| connect(connection.as_raw_fd(), &address))?;
     Ok(connection)
 }
 
 fn say_hello(connection: &OwnedFd, max_tasks: u32) -> Result<(), Errno> {
-    let hello = umcg_hello {
-        magic: UMCG_MAGIC,
-        abi_version: UMCG_ABI_VERSION,
-        max_tasks,
-        reserved: 0,
-    };
+    let hello = umcg_hello { magic: UMCG_MAGIC, abi_version: UMCG_ABI_VERSION, max_tasks, reserved: 0 };
     let mut bytes = [0; size_of::<umcg_hello>()];
-    let words = [
-        hello.magic,
-        hello.abi_version,
-        hello.max_tasks,
-        hello.reserved,
-    ];
+    let words = [hello.magic, hello.abi_version, hello.max_tasks, hello.reserved];
     for (bytes, word) in bytes.chunks_exact_mut(4).zip(words) {
         bytes.copy_from_slice(&word.to_ne_bytes());
     }
     retry(|| {
-        sendmsg::<()>(
-            connection.as_raw_fd(),
-            &[IoSlice::new(&bytes)],
-            &[],
-            MsgFlags::MSG_NOSIGNAL,
-            None,
-        )
+        sendmsg::<()>(connection.as_raw_fd(), &[IoSlice::new(&bytes)], &[], MsgFlags::MSG_NOSIGNAL, None)
     })?;
     Ok(())
 }
@@ -99,12 +73,8 @@ fn receive_welcome(connection: &OwnedFd) -> Result<(umcg_welcome, Vec<OwnedFd>),
     let mut control = cmsg_space!([RawFd; 2]);
     let mut iov = [IoSliceMut::new(&mut bytes)];
     let (len, fds) = loop {
-        match recvmsg::<()>(
-            connection.as_raw_fd(),
-            &mut iov,
-            Some(&mut control),
-            MsgFlags::MSG_CMSG_CLOEXEC,
-        ) {
+        match recvmsg::<()>(connection.as_raw_fd(), &mut iov, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)
+        {
             Err(nix::errno::Errno::EINTR) => {}
             // It went away between our connecting and its answer.
             Err(nix::errno::Errno::ECONNRESET) => return Err(Errno::ECONNREFUSED),

@@ -34,10 +34,7 @@ struct ProgRunAttr {
 }
 
 /// Runs the control program and answers what it left in the arguments; its own verdict is the error.
-pub(crate) fn run(
-    program: BorrowedFd<'_>,
-    mut args: umcg_ctl_args,
-) -> Result<umcg_ctl_args, Errno> {
+pub(crate) fn run(program: BorrowedFd<'_>, mut args: umcg_ctl_args) -> Result<umcg_ctl_args, Errno> {
     let mut attr = ProgRunAttr {
         prog_fd: program.as_raw_fd() as u32,
         ctx_size_in: size_of::<umcg_ctl_args>() as u32,
@@ -47,14 +44,7 @@ pub(crate) fn run(
     };
     // SAFETY: `attr` is the union's member for this command, of the size given. The kernel reads and writes
     // back ctx_size_in bytes at ctx_in, which is `args`, live and ours alone for the whole call.
-    let ret = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_PROG_RUN,
-            &raw mut attr,
-            size_of::<ProgRunAttr>(),
-        )
-    };
+    let ret = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_RUN, &raw mut attr, size_of::<ProgRunAttr>()) };
     if ret < 0 {
         return Err(Errno::last());
     }

@@ -33,11 +33,7 @@ impl OpenOptions {
     /// A domain that holds `max_tasks` tasks at once, of the loader at `$UMCG_SOCKET`, else at `/run/scx_umcg/umcg.sock`.
     #[must_use]
     pub fn new(max_tasks: u32) -> Self {
-        Self {
-            socket: None,
-            max_tasks,
-            flags: 0,
-        }
+        Self { socket: None, max_tasks, flags: 0 }
     }
 
     /// Of the loader that listens on this socket.
@@ -80,8 +76,8 @@ impl Domain {
     /// `ENOENT`, `ECONNREFUSED`: no loader; `EACCES`: this user may not; `ENOSPC`: the loader's limits; `EPROTO`: another
     /// ABI version; `EALREADY`: it is open; `EINVAL`: no tasks at all.
     pub fn open(options: &OpenOptions) -> Result<Self, Error> {
-        let inner = process::open(options.socket.as_deref(), options.max_tasks, options.flags)
-            .during(Call::Open)?;
+        let inner =
+            process::open(options.socket.as_deref(), options.max_tasks, options.flags).during(Call::Open)?;
         Ok(Self { inner })
     }
 
@@ -97,11 +93,7 @@ impl Domain {
     /// Who switches between its tasks now.
     #[must_use]
     pub fn backend(&self) -> Backend {
-        if self.inner.is_scheduled_still() {
-            Backend::SchedExt
-        } else {
-            Backend::Futex
-        }
+        if self.inner.is_scheduled() { Backend::SchedExt } else { Backend::Futex }
     }
 
     /// How many tasks it can hold at once.
@@ -157,11 +149,7 @@ impl Domain {
             self.free(cell);
         }
         registered.during(Call::Register)?;
-        Ok(Registration {
-            domain: self,
-            task: Task::new(cell),
-            thread: PhantomData,
-        })
+        Ok(Registration { domain: self, task: Task::new(cell), thread: PhantomData })
     }
 
     fn free(&self, cell: &Cell) {
@@ -215,8 +203,7 @@ impl Registration<'_> {
     /// Marks the task RUNNABLE with `next`, and waits. True if `next` was run.
     fn switch(&self, next: Option<Tid>, flags: u32) -> Result<bool, Error> {
         let cell = self.task.cell();
-        cell.next_tid
-            .store(next.map_or(0, Tid::get), Ordering::Relaxed);
+        cell.next_tid.store(next.map_or(0, Tid::get), Ordering::Relaxed);
         cell.status.show(UMCG_STATE_RUNNABLE);
         wait::wait(0, flags).during(Call::Wait)?;
         Ok(self.was_run(next))
@@ -300,9 +287,7 @@ impl<'d> Server<'d> {
     /// `EBUSY`: it serves a worker. It stays registered, and the server comes back.
     pub fn unregister(self) -> Result<(), (Self, Error)> {
         let Self { registration } = self;
-        registration
-            .finish()
-            .map_err(|(registration, error)| (Self { registration }, error))
+        registration.finish().map_err(|(registration, error)| (Self { registration }, error))
     }
 
     /// This server's task.
@@ -359,9 +344,7 @@ impl<'d> Worker<'d> {
     /// `EBUSY`: in a signal handler that interrupted a wait of this worker. It stays registered, and comes back.
     pub fn unregister(self) -> Result<(), (Self, Error)> {
         let Self { registration } = self;
-        registration
-            .finish()
-            .map_err(|(registration, error)| (Self { registration }, error))
+        registration.finish().map_err(|(registration, error)| (Self { registration }, error))
     }
 }
 
@@ -383,16 +366,12 @@ impl<'d> Deref for Server<'d> {
 
 impl fmt::Debug for Server<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Server")
-            .field(&self.registration.task)
-            .finish()
+        f.debug_tuple("Server").field(&self.registration.task).finish()
     }
 }
 
 impl fmt::Debug for Worker<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Worker")
-            .field(&self.registration.task)
-            .finish()
+        f.debug_tuple("Worker").field(&self.registration.task).finish()
     }
 }

@@ -118,18 +118,14 @@ impl Error {
             (Open, Errno::ENOENT | Errno::ECONNREFUSED) => {
                 "no loader listens at the socket; start scx_umcg, set UMCG_SOCKET, or allow the fallback"
             }
-            (Open, Errno::EACCES) => {
-                "this user may not use the loader; join the group of its socket"
-            }
+            (Open, Errno::EACCES) => "this user may not use the loader; join the group of its socket",
             (Open, Errno::ENOSPC) => {
                 "more tasks than the loader has room for; ask for fewer, or raise its limits"
             }
             (Open, Errno::EPROTO) => {
                 "the loader speaks another ABI version; install the library and the loader of one release"
             }
-            (Open, Errno::EALREADY) => {
-                "this process has a domain, or is opening one; share that one"
-            }
+            (Open, Errno::EALREADY) => "this process has a domain, or is opening one; share that one",
             (Open, Errno::EINVAL) => "the domain must hold one task at least; ask for more than 0",
             (Close, Errno::EBUSY) => "tasks are registered; unregister them first",
             (Close, Errno::ENOENT) => "no domain is open; nothing to close",
@@ -142,12 +138,8 @@ impl Error {
             (Unregister, Errno::EBUSY) => {
                 "the server serves a worker, or the thread waits; wait until that is over"
             }
-            (Unregister, Errno::EINVAL) => {
-                "another thread's task; unregister in the thread that registered"
-            }
-            (Wait, Errno::ESRCH) => {
-                "the next task, or the worker's server, is gone; name one that lives"
-            }
+            (Unregister, Errno::EINVAL) => "another thread's task; unregister in the thread that registered",
+            (Wait, Errno::ESRCH) => "the next task, or the worker's server, is gone; name one that lives",
             (Wait, Errno::EBUSY) => {
                 "the next task is not RUNNABLE or serves, or the caller serves another; pick again later"
             }
@@ -219,9 +211,6 @@ mod tests {
     fn an_error_says_what_to_do() {
         let error = Err::<(), _>(Errno::ENOENT).during(Call::Open).unwrap_err();
         let text = error.to_string();
-        assert!(
-            text.contains("start scx_umcg") && text.contains("ENOENT"),
-            "{text}"
-        );
+        assert!(text.contains("start scx_umcg") && text.contains("ENOENT"), "{text}");
     }
 }

@@ -31,7 +31,9 @@ use crate::thread::Registration;
 /// How a thread comes to wait here.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Entry {
-    /// It calls `umcg_wait`, or registers.
+    /// It registers: its server has been told of it, and is to run it.
+    New,
+    /// It calls `umcg_wait`.
     Fresh,
     /// The kernel side was holding it, and let go of it when the scheduler went away.
     Held,
@@ -57,9 +59,7 @@ impl Futex {
         let mut links = Vec::new();
         links.try_reserve_exact(len).map_err(|_| Errno::ENOMEM)?;
         links.resize(len, Link::default());
-        Ok(Self {
-            links: Mutex::new(links.into_boxed_slice()),
-        })
+        Ok(Self { links: Mutex::new(links.into_boxed_slice()) })
     }
 
     /// `umcg_wait`, from the mark UMCG_TF_WAIT on.
@@ -72,6 +72,7 @@ impl Futex {
     ) -> Result<(), Errno> {
         let deadline_ns = (timeout_ns != 0).then(|| sys::now_ns().saturating_add(timeout_ns));
         self.locked(me.inner, |tasks| match entry {
+            Entry::New => Ok(()),
             Entry::Fresh => tasks.start_waiting(me.index, flags),
             Entry::Held => tasks.resume_waiting(me.index, flags),
         })?;
@@ -107,7 +108,7 @@ impl Futex {
             if tasks.link(me).serving != 0 {
                 return Err(Errno::EBUSY);
             }
-            tasks.retire(me);
+            tasks.retire(me, None);
             Ok(())
         })
     }
@@ -117,11 +118,8 @@ impl Futex {
         self.locked(inner, |tasks| {
             let Ok(me) = tasks.at(index) else { return };
             let server = tasks.server_of(me).ok().filter(|_| !me.is_server());
-            tasks.retire(me);
-            if let Some(server) = server {
-                me.cell.runnable_ts.store(sys::now_ns(), Ordering::Relaxed);
-                tasks.enqueue(server, me);
-            }
+            me.cell.runnable_ts.store(sys::now_ns(), Ordering::Relaxed);
+            tasks.retire(me, server);
         });
     }
 
@@ -140,14 +138,18 @@ impl Futex {
         })
     }
 
+    /// Has every task look at its status again.
+    pub(crate) fn wake_all(&self, inner: &Inner) {
+        for task in inner.memory.all_registered() {
+            sys::futex_wake(task.cell.status.word());
+        }
+    }
+
     fn locked<R>(&self, inner: &Inner, f: impl FnOnce(&mut Tasks<'_>) -> R) -> R {
         let _signals = SignalsBlocked::new();
         // A thread that panicked in here has left whole links behind: each is one store.
         let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
-        f(&mut Tasks {
-            memory: &inner.memory,
-            links,
-        })
+        f(&mut Tasks { memory: &inner.memory, links })
     }
 }
 
@@ -175,11 +177,7 @@ impl<'a> Tasks<'a> {
         if me.cell.status.state() != UMCG_STATE_RUNNABLE {
             return Ok(()); // an event made it RUNNING: nothing to wait for
         }
-        let started = if me.is_server() {
-            self.server_waits(me)
-        } else {
-            self.worker_waits(me, flags)
-        };
+        let started = if me.is_server() { self.server_waits(me) } else { self.worker_waits(me, flags) };
         started.inspect_err(|_| me.cell.status.show(UMCG_STATE_RUNNING))
     }
 
@@ -189,11 +187,7 @@ impl<'a> Tasks<'a> {
         let me = self.at(me)?;
         if me.is_server() {
             me.cell.status.show(UMCG_STATE_RUNNING);
-        } else if me
-            .cell
-            .status
-            .shift(UMCG_STATE_BLOCKED, UMCG_STATE_RUNNABLE)
-        {
+        } else if me.cell.status.shift(UMCG_STATE_BLOCKED, UMCG_STATE_RUNNABLE) {
             me.cell.runnable_ts.store(sys::now_ns(), Ordering::Relaxed);
             if let Ok(server) = self.server_of(me) {
                 self.enqueue(server, me);
@@ -233,30 +227,37 @@ impl<'a> Tasks<'a> {
             Some(host) => host,
             None => self.server_of(me)?,
         };
-        let named = (flags & UMCG_WAIT_ENQUEUE != 0)
-            .then(|| self.server_of(me))
-            .transpose()?;
+        let named = (flags & UMCG_WAIT_ENQUEUE != 0).then(|| self.server_of(me)).transpose()?;
         let other = next.filter(|next| next.index != host.index);
         // Before its status changes: a host that only marked itself RUNNABLE will look at its list.
-        let host_waits = host.cell.status.is_waiting();
+        let host_waits = hosted_by.is_some() && host.cell.status.is_waiting();
 
         if let Some(next) = other {
             if next.is_server() || next.index == me.index {
                 return Err(Errno::EINVAL);
             }
             self.start_worker(next, host, hosted_by)?;
+            self.link_mut(me).host = 0; // the serving is passed on
         }
         me.cell.next_tid.store(0, Ordering::Relaxed);
-        if other.is_none() {
-            self.end_serving(me);
-        }
-        self.link_mut(me).host = 0;
-        if let Some(named) = named {
-            self.enqueue(named, me);
-        } else if other.is_none() && !(hosted_by.is_some() && host_waits) {
-            self.enqueue(host, me);
-        }
+        let told = match named {
+            None if other.is_none() && !host_waits => Some(host),
+            named => named,
+        };
+        self.stop(me, told);
         Ok(())
+    }
+
+    /// `me` stops: it is pushed on the list of `told`, if that is somebody, and its host is free. Whoever is woken by this finds
+    /// all of it done.
+    fn stop(&mut self, me: Registered<'a>, told: Option<Registered<'a>>) {
+        if let Some(server) = told {
+            self.push_runnable(server, me);
+        }
+        self.end_serving(me);
+        if let Some(server) = told {
+            self.tell(server);
+        }
     }
 
     /// Makes `next` RUNNING, a worker that `host` may start; `served_by` is `host`, if it serves.
@@ -269,11 +270,7 @@ impl<'a> Tasks<'a> {
         if !next.cell.is_server(host.tid) {
             return Err(Errno::EINVAL);
         }
-        if !next
-            .cell
-            .status
-            .shift(UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING)
-        {
+        if !next.cell.status.shift(UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING) {
             return Err(Errno::EBUSY);
         }
         // It may have marked itself RUNNABLE and not have waited yet.
@@ -287,12 +284,7 @@ impl<'a> Tasks<'a> {
     }
 
     fn start_server(&mut self, next: Registered<'a>) -> Result<(), Errno> {
-        if self.link(next).serving != 0
-            || !next
-                .cell
-                .status
-                .shift(UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING)
-        {
+        if self.link(next).serving != 0 || !next.cell.status.shift(UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING) {
             return Err(Errno::EBUSY);
         }
         sys::futex_wake(next.cell.status.word());
@@ -311,42 +303,40 @@ impl<'a> Tasks<'a> {
     /// An event for a server: it becomes RUNNING if it serves nobody.
     fn tell(&self, server: Registered<'a>) {
         let is_free = self.link(server).serving == 0;
-        if is_free
-            && server
-                .cell
-                .status
-                .shift(UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING)
-        {
+        if is_free && server.cell.status.shift(UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING) {
             sys::futex_wake(server.cell.status.word());
         }
     }
 
-    /// Pushes the worker on the server's runnable list, and tells the server. A worker that is on that list already is
-    /// left there: one that the scheduler let go when it went away may be, and a second push would close a circle.
-    fn enqueue(&self, server: Registered<'a>, worker: Registered<'a>) {
+    /// Pushes the worker on the server's runnable list. A worker that is on that list already is left there: one that the
+    /// scheduler let go when it went away may be, and a second push would close a circle.
+    fn push_runnable(&self, server: Registered<'a>, worker: Registered<'a>) {
         let (head, link) = (&server.cell.runnable_ptr, &worker.cell.runnable_ptr);
-        if !self.is_listed(head, worker) {
-            let push = |first| {
-                link.store(first, Ordering::Relaxed);
-                Some(worker.cell.addr())
-            };
-            // Pairs with the server's xchg: who sees the entry sees its link, status and time.
-            let _ = head.fetch_update(Ordering::SeqCst, Ordering::SeqCst, push);
+        if self.is_listed(head, worker) {
+            return;
         }
+        let push = |first| {
+            link.store(first, Ordering::Relaxed);
+            Some(worker.cell.addr())
+        };
+        // Pairs with the server's xchg: who sees the entry sees its link, status and time.
+        let _ = head.fetch_update(Ordering::SeqCst, Ordering::SeqCst, push);
+    }
+
+    fn enqueue(&self, server: Registered<'a>, worker: Registered<'a>) {
+        self.push_runnable(server, worker);
         self.tell(server);
     }
 
     fn is_listed(&self, head: &AtomicU64, worker: Registered<'a>) -> bool {
-        Links::new(self.memory, head.load(Ordering::Acquire), |cell| {
-            &cell.runnable_ptr
-        })
-        .any(|cell| cell.addr() == worker.cell.addr())
+        Links::new(self.memory, head.load(Ordering::Acquire), |cell| &cell.runnable_ptr)
+            .any(|cell| cell.addr() == worker.cell.addr())
     }
 
-    /// Gives up a registration.
-    fn retire(&mut self, me: Registered<'a>) {
+    /// Gives up a registration, and tells `told` of it by its list.
+    fn retire(&mut self, me: Registered<'a>, told: Option<Registered<'a>>) {
         me.cell.status.show(UMCG_STATE_NONE);
-        self.end_serving(me);
+        self.stop(me, told);
         let served = std::mem::take(self.link_mut(me)).serving;
         if let Ok(worker) = self.at(served) {
             self.link_mut(worker).host = 0;

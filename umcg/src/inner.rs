@@ -13,8 +13,6 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-
 use crate::connect;
 use crate::ctl;
 use crate::errno::Errno;
@@ -33,7 +31,7 @@ pub(crate) struct Inner {
 
 /// The way to the kernel side.
 struct Kernel {
-    /// Tells the loader that we still use the domain, and us that there is a loader.
+    /// Tells the loader that we still use the domain.
     connection: OwnedFd,
     control: OwnedFd,
     domain: u32,
@@ -67,33 +65,19 @@ impl Inner {
 
     fn new(memory: Memory, kernel: Option<Kernel>) -> Result<Self, Errno> {
         let futex = Futex::new(memory.capacity())?;
-        Ok(Self {
-            memory,
-            futex,
-            kernel,
-        })
+        Ok(Self { memory, futex, kernel })
     }
 
-    /// True while the kernel side schedules the domain's tasks. One load: every `umcg_wait` asks.
+    /// True while the kernel side schedules the domain's tasks. It clears the epoch's zero itself, as its last deed: from then
+    /// on it touches no status any more, and nobody but us wakes our tasks.
     #[inline]
     pub(crate) fn is_scheduled(&self) -> bool {
         self.memory.header().epoch.load(Ordering::Acquire) == 0
     }
 
-    /// The same, and makes sure: a loader that was killed has told nobody, but its end of the connection is closed.
-    pub(crate) fn is_scheduled_still(&self) -> bool {
-        let Some(kernel) = &self.kernel else {
-            return false;
-        };
-        if self.is_scheduled() && kernel.loader_is_gone() {
-            self.memory.header().epoch.store(1, Ordering::Release);
-        }
-        self.is_scheduled()
-    }
-
     /// True if there was a loader and its scheduler is gone.
     pub(crate) fn is_orphan(&self) -> bool {
-        self.kernel.is_some() && !self.is_scheduled_still()
+        self.kernel.is_some() && !self.is_scheduled()
     }
 
     /// True if the loader schedules SCHED_EXT threads only.
@@ -103,10 +87,13 @@ impl Inner {
 
     /// Asks the kernel side, about this domain.
     pub(crate) fn control(&self, args: umcg_ctl_args) -> Result<umcg_ctl_args, Errno> {
-        self.kernel
-            .as_ref()
-            .ok_or(Errno::EIO)
-            .and_then(|kernel| kernel.run(args))
+        let kernel = self.kernel.as_ref().ok_or(Errno::EIO)?;
+        let answer = kernel.run(args);
+        if !self.is_scheduled() {
+            // The scheduler went away in the middle: what the control program made RUNNING may sleep on its futex already.
+            self.futex.wake_all(self);
+        }
+        answer
     }
 
     /// In a forked child: the descriptors are copies, and while they are open the loader takes the parent for alive. Only
@@ -124,10 +111,5 @@ impl Kernel {
     fn run(&self, args: umcg_ctl_args) -> Result<umcg_ctl_args, Errno> {
         let domain = self.domain;
         ctl::run(self.control.as_fd(), umcg_ctl_args { domain, ..args })
-    }
-
-    fn loader_is_gone(&self) -> bool {
-        let mut fds = [PollFd::new(self.connection.as_fd(), PollFlags::empty())];
-        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 }

@@ -7,8 +7,8 @@ use std::mem::{align_of, offset_of, size_of};
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 
 use crate::shared_abi::{
-    UMCG_STATE_MASK, UMCG_STATE_NONE, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING, UMCG_TF_PREEMPT,
-    UMCG_TF_WAIT, umcg_call, umcg_cell, umcg_header, umcg_task,
+    UMCG_STATE_MASK, UMCG_STATE_NONE, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING, UMCG_TF_PREEMPT, UMCG_TF_WAIT,
+    umcg_call, umcg_cell, umcg_header, umcg_task,
 };
 
 /// One element of a domain: a `umcg_task` and the `umcg_call` behind it.
@@ -150,6 +150,14 @@ impl Status {
         state_of(old)
     }
 
+    /// Clears the mark, which the kernel side leaves on a thread that it made RUNNING before it had waited.
+    #[inline]
+    pub(crate) fn end_wait(&self) {
+        if self.load() & UMCG_TF_WAIT != 0 {
+            self.0.fetch_and(!UMCG_TF_WAIT, Ordering::SeqCst);
+        }
+    }
+
     /// True if it is inside `umcg_wait` and nobody has made it RUNNING since.
     pub(crate) fn is_waiting(&self) -> bool {
         let status = self.load();
@@ -158,22 +166,15 @@ impl Status {
 
     #[inline]
     fn exchange(&self, old: u32, new: u32) -> Result<u32, u32> {
-        self.0
-            .compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst)
+        self.0.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst)
     }
 
     fn update(&self, change: impl FnMut(u32) -> Option<u32>) -> bool {
-        self.0
-            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, change)
-            .is_ok()
+        self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change).is_ok()
     }
 }
 
 const fn moved(old: u32, to: u32) -> u32 {
-    let ends = if to == UMCG_STATE_RUNNING {
-        UMCG_TF_PREEMPT | UMCG_TF_WAIT
-    } else {
-        UMCG_TF_PREEMPT
-    };
+    let ends = if to == UMCG_STATE_RUNNING { UMCG_TF_PREEMPT | UMCG_TF_WAIT } else { UMCG_TF_PREEMPT };
     old & !(UMCG_STATE_MASK | ends) | to
 }

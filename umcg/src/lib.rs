@@ -42,7 +42,7 @@
 //!         ready.extend(server.take_runnable().filter(|worker| worker.state() == State::Runnable));
 //!         let next = ready.pop_front();
 //!         if !server.run(next.and_then(|worker| worker.tid()))? {
-//!             ready.extend(next); // an event came first
+//!             next.into_iter().for_each(|worker| ready.push_front(worker)); // an event came first
 //!         }
 //!     }
 //! }
@@ -117,9 +117,8 @@ use errno::During;
 /// `EDEADLK`: in a signal handler that interrupted a wait of this thread.
 pub fn wait(timeout: Option<Duration>) -> Result<(), Error> {
     // 0 stands for no timeout. More than u64 nanoseconds are 584 years.
-    let timeout_ns = timeout.map_or(0, |timeout| {
-        u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX).max(1)
-    });
+    let timeout_ns =
+        timeout.map_or(0, |timeout| u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX).max(1));
     wait::wait(timeout_ns, 0).during(Call::Wait)
 }
 

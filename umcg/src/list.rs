@@ -21,20 +21,11 @@ pub(crate) struct Links<'a> {
 
 impl<'a> Links<'a> {
     pub(crate) fn new(memory: &'a Memory, addr: u64, link: fn(&Cell) -> &AtomicU64) -> Self {
-        Self {
-            memory,
-            addr,
-            link,
-            left: memory.capacity(),
-        }
+        Self { memory, addr, link, left: memory.capacity() }
     }
 
     /// Takes the whole list. Pairs with the pushes, which are compare-and-exchange.
-    pub(crate) fn take(
-        memory: &'a Memory,
-        head: &AtomicU64,
-        link: fn(&Cell) -> &AtomicU64,
-    ) -> Self {
+    pub(crate) fn take(memory: &'a Memory, head: &AtomicU64, link: fn(&Cell) -> &AtomicU64) -> Self {
         Self::new(memory, head.swap(0, Ordering::SeqCst), link)
     }
 }
@@ -59,9 +50,7 @@ mod tests {
         let memory = Memory::of_our_own(3).unwrap();
         let cells: Vec<&Cell> = (0..3).map(|_| memory.alloc().unwrap()).collect();
         for pair in cells.windows(2) {
-            pair[0]
-                .runnable_ptr
-                .store(pair[1].addr(), Ordering::Relaxed);
+            pair[0].runnable_ptr.store(pair[1].addr(), Ordering::Relaxed);
         }
         spoil(&cells);
         let head = AtomicU64::new(cells[0].addr());
@@ -78,19 +67,14 @@ mod tests {
     #[test]
     fn a_link_to_anything_but_a_task_ends_the_list() {
         for wild in [1, 64, u64::MAX] {
-            assert_eq!(
-                walk(|cells| cells[1].runnable_ptr.store(wild, Ordering::Relaxed)),
-                2
-            );
+            assert_eq!(walk(|cells| cells[1].runnable_ptr.store(wild, Ordering::Relaxed)), 2);
         }
     }
 
     #[test]
     fn a_circle_does_not_trap_the_walk() {
         let seen = walk(|cells| {
-            cells[2]
-                .runnable_ptr
-                .store(cells[0].addr(), Ordering::Relaxed);
+            cells[2].runnable_ptr.store(cells[0].addr(), Ordering::Relaxed);
         });
         assert_eq!(seen, 3);
     }

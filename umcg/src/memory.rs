@@ -85,9 +85,7 @@ impl Memory {
         let memory = Self::new(base, len, nr_slots)?;
         let header = memory.header();
         header.magic.store(UMCG_MAGIC, Ordering::Relaxed);
-        header
-            .abi_version
-            .store(UMCG_ABI_VERSION, Ordering::Relaxed);
+        header.abi_version.store(UMCG_ABI_VERSION, Ordering::Relaxed);
         header.nr_slots.store(nr_slots, Ordering::Relaxed);
         header.epoch.store(1, Ordering::Release);
         Ok(memory)
@@ -106,9 +104,7 @@ impl Memory {
         // SAFETY: the mapping is ours, and this changes what a forked child sees of it only: nothing.
         unsafe { madvise(base, len.get(), MmapAdvise::MADV_DONTFORK) }?;
         let mut owners = Vec::new();
-        owners
-            .try_reserve_exact(nr_slots as usize)
-            .map_err(|_| Errno::ENOMEM)?;
+        owners.try_reserve_exact(nr_slots as usize).map_err(|_| Errno::ENOMEM)?;
         owners.resize_with(nr_slots as usize, || AtomicU32::new(FREE));
         memory.owners = owners.into_boxed_slice();
         Ok(memory)
@@ -182,24 +178,16 @@ impl Memory {
     pub(crate) fn registered(&self, index: Index) -> Option<Registered<'_>> {
         let tid = self.owner(index)?.load(Ordering::Acquire);
         let cell = self.cell(index)?;
-        let is_registered =
-            tid != FREE && tid != ALLOCATED && cell.status.state() != UMCG_STATE_NONE;
+        let is_registered = tid != FREE && tid != ALLOCATED && cell.status.state() != UMCG_STATE_NONE;
         is_registered.then_some(Registered { index, tid, cell })
     }
 
-    pub(crate) fn has_registered(&self) -> bool {
-        self.indices().any(|index| self.is_registered(index))
+    pub(crate) fn all_registered(&self) -> impl Iterator<Item = Registered<'_>> {
+        (1..=self.used.load(Ordering::Acquire)).filter_map(|index| self.registered(index))
     }
 
     pub(crate) fn find(&self, tid: u32) -> Option<Registered<'_>> {
-        self.indices()
-            .filter_map(|index| self.registered(index))
-            .find(|task| task.tid == tid)
-    }
-
-    /// All that were ever allocated.
-    fn indices(&self) -> impl Iterator<Item = Index> + use<> {
-        1..=self.used.load(Ordering::Acquire)
+        self.all_registered().find(|task| task.tid == tid)
     }
 
     fn owner(&self, index: Index) -> Option<&AtomicU32> {
@@ -208,9 +196,7 @@ impl Memory {
 
     fn change_owner(&self, index: Index, from: u32, to: u32) -> bool {
         self.owner(index).is_some_and(|owner| {
-            owner
-                .compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed)
-                .is_ok()
+            owner.compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed).is_ok()
         })
     }
 }

@@ -26,20 +26,8 @@ impl SchedAttr {
     fn of_this_thread() -> Result<Self, Errno> {
         let mut attr = Self::default();
         // SAFETY: the kernel writes at most the size given, which is that of `attr`.
-        let ret = unsafe {
-            libc::syscall(
-                libc::SYS_sched_getattr,
-                0,
-                &raw mut attr,
-                size_of::<Self>(),
-                0,
-            )
-        };
-        if ret < 0 {
-            Err(Errno::last())
-        } else {
-            Ok(attr)
-        }
+        let ret = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attr, size_of::<Self>(), 0) };
+        if ret < 0 { Err(Errno::last()) } else { Ok(attr) }
     }
 
     fn set(&self) -> Result<(), Errno> {
@@ -63,14 +51,7 @@ pub(crate) fn lend(partial: bool) -> Result<Option<SchedAttr>, Errno> {
         return Ok(None);
     }
     // The nice value stays. So do the flags, of which reset-on-fork alone is ever reported.
-    let ext = SchedAttr {
-        policy: SCHED_EXT,
-        priority: 0,
-        runtime: 0,
-        deadline: 0,
-        period: 0,
-        ..former
-    };
+    let ext = SchedAttr { policy: SCHED_EXT, priority: 0, runtime: 0, deadline: 0, period: 0, ..former };
     ext.set()?;
     Ok(Some(former))
 }

@@ -94,7 +94,7 @@ pub(crate) fn close() -> Result<(), Errno> {
 
 /// Closes `inner` if it is the current domain.
 pub(crate) fn close_this(inner: &Arc<Inner>) -> Result<(), Errno> {
-    if inner.memory.has_registered() {
+    if inner.memory.all_registered().next().is_some() {
         return Err(Errno::EBUSY);
     }
     let this = Arc::as_ptr(inner).cast_mut();

@@ -36,9 +36,8 @@ pub fn close() -> Result<(), Errno> {
 /// `umcg_task_alloc`: a struct that is zeroed but for status NONE; null if the domain is full or not open.
 #[must_use]
 pub fn task_alloc() -> *mut umcg_task {
-    process::current().map_or(std::ptr::null_mut(), |inner| {
-        inner.memory.alloc().map_or(std::ptr::null_mut(), task_of)
-    })
+    process::current()
+        .map_or(std::ptr::null_mut(), |inner| inner.memory.alloc().map_or(std::ptr::null_mut(), task_of))
 }
 
 /// `umcg_task_free`: gives it back. Ignores null, what is not of this domain, and registered tasks.
@@ -85,11 +84,7 @@ pub fn kick(tid: libc::pid_t, flags: u32) -> Result<(), Errno> {
 /// `umcg_self`: the calling thread's struct; null if it is not registered. Async-signal-safe.
 #[must_use]
 pub fn current() -> *mut umcg_task {
-    thread::with(|thread| {
-        thread
-            .registration()
-            .map_or(std::ptr::null_mut(), |me| task_of(me.task))
-    })
+    thread::with(|thread| thread.registration().map_or(std::ptr::null_mut(), |me| task_of(me.task)))
 }
 
 /// `umcg_backend`: "sched_ext", "futex" or "none".
@@ -97,7 +92,7 @@ pub fn current() -> *mut umcg_task {
 pub fn backend() -> &'static CStr {
     match thread::with(Thread::domain).or_else(process::current) {
         None => c"none",
-        Some(inner) if inner.is_scheduled_still() => c"sched_ext",
+        Some(inner) if inner.is_scheduled() => c"sched_ext",
         Some(_) => c"futex",
     }
 }

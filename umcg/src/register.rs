@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::errno::Errno;
+use crate::futex::Entry;
 use crate::inner::Inner;
 use crate::layout::Cell;
 use crate::memory::Index;
@@ -34,7 +35,7 @@ pub(crate) fn register(inner: Arc<Inner>, addr: u64) -> Result<(), Errno> {
         claim(thread, inner, index, tid)?;
         if let Some(me) = thread.registration().filter(|_| !is_server) {
             // The first run; its result is that of no wait of the program's.
-            let _ = wait::switch(me, 0, 0);
+            let _ = wait::switch(me, 0, 0, Entry::New);
         }
         Ok(())
     })
@@ -44,11 +45,7 @@ pub(crate) fn register(inner: Arc<Inner>, addr: u64) -> Result<(), Errno> {
 fn check_task(inner: &Inner, index: Index, tid: u32) -> Result<bool, Errno> {
     let task = inner.memory.cell(index).ok_or(Errno::EFAULT)?;
     let is_server = task.is_server(tid);
-    let state = if is_server {
-        UMCG_STATE_RUNNING
-    } else {
-        UMCG_STATE_RUNNABLE
-    };
+    let state = if is_server { UMCG_STATE_RUNNING } else { UMCG_STATE_RUNNABLE };
     if task.status.state() != state || task.reserved.load(Ordering::Relaxed) != 0 {
         return Err(Errno::EINVAL);
     }
@@ -62,7 +59,7 @@ fn claim(thread: &Thread, inner: Arc<Inner>, index: Index, tid: u32) -> Result<(
         return Err(Errno::EINVAL);
     }
     task.tid.store(tid, Ordering::Relaxed);
-    let registered = if inner.is_scheduled_still() {
+    let registered = if inner.is_scheduled() {
         claim_in_kernel(thread, &inner, index, task.addr())
     } else {
         inner.futex.register(&inner, index)
@@ -75,18 +72,10 @@ fn claim(thread: &Thread, inner: Arc<Inner>, index: Index, tid: u32) -> Result<(
 }
 
 fn claim_in_kernel(thread: &Thread, inner: &Inner, slot: u32, addr: u64) -> Result<(), Errno> {
-    let answer = inner.control(umcg_ctl_args {
-        op: UMCG_CTL_RSEQ,
-        ..umcg_ctl_args::default()
-    })?;
+    let answer = inner.control(umcg_ctl_args { op: UMCG_CTL_RSEQ, ..umcg_ctl_args::default() })?;
     let loan = Loan::take(rseq::Area::reported(&answer), inner.is_partial())?;
     inner
-        .control(umcg_ctl_args {
-            op: UMCG_CTL_REGISTER,
-            slot,
-            addr,
-            ..umcg_ctl_args::default()
-        })
+        .control(umcg_ctl_args { op: UMCG_CTL_REGISTER, slot, addr, ..umcg_ctl_args::default() })
         .inspect_err(|_| loan.give_back())?;
     thread.set_loan(loan);
     Ok(())
@@ -96,16 +85,10 @@ fn claim_in_kernel(thread: &Thread, inner: &Inner, slot: u32, addr: u64) -> Resu
 pub(crate) fn unregister(addr: u64) -> Result<(), Errno> {
     thread::with(|thread| {
         let _inside = thread.enter().ok_or(Errno::EBUSY)?;
-        let me = thread
-            .registration()
-            .filter(|me| me.task.addr() == addr)
-            .ok_or(Errno::EINVAL)?;
+        let me = thread.registration().filter(|me| me.task.addr() == addr).ok_or(Errno::EINVAL)?;
         let (index, tid) = (me.index, me.tid);
-        if me.inner.is_scheduled_still() {
-            me.inner.control(umcg_ctl_args {
-                op: UMCG_CTL_UNREGISTER,
-                ..umcg_ctl_args::default()
-            })?;
+        if me.inner.is_scheduled() {
+            me.inner.control(umcg_ctl_args { op: UMCG_CTL_UNREGISTER, ..umcg_ctl_args::default() })?;
         } else {
             me.inner.futex.unregister(me.inner, index)?;
         }
@@ -122,9 +105,7 @@ pub(crate) fn unregister(addr: u64) -> Result<(), Errno> {
 
 /// `umcg_kick` of a task of the calling thread's domain, or of the open one.
 pub(crate) fn kick(tid: u32) -> Result<(), Errno> {
-    let inner = thread::with(Thread::domain)
-        .or_else(process::current)
-        .ok_or(Errno::ESRCH)?;
+    let inner = thread::with(Thread::domain).or_else(process::current).ok_or(Errno::ESRCH)?;
     kick_in(&inner, tid)
 }
 
@@ -132,10 +113,6 @@ pub(crate) fn kick_in(inner: &Inner, tid: u32) -> Result<(), Errno> {
     if !inner.is_scheduled() {
         return inner.futex.kick(inner, tid);
     }
-    let args = umcg_ctl_args {
-        op: UMCG_CTL_KICK,
-        tid,
-        ..umcg_ctl_args::default()
-    };
+    let args = umcg_ctl_args { op: UMCG_CTL_KICK, tid, ..umcg_ctl_args::default() };
     inner.control(args).map(drop)
 }

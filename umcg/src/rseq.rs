@@ -36,11 +36,7 @@ pub(crate) struct Area {
 impl Area {
     /// From the answer to UMCG_CTL_RSEQ; none if the thread has no area.
     pub(crate) fn reported(args: &umcg_ctl_args) -> Option<Self> {
-        (args.addr != 0).then_some(Self {
-            addr: args.addr,
-            len: args.rseq_len,
-            sig: args.rseq_sig,
-        })
+        (args.addr != 0).then_some(Self { addr: args.addr, len: args.rseq_len, sig: args.rseq_sig })
     }
 
     fn register(self, len: u32) -> Result<(), Errno> {
@@ -107,18 +103,12 @@ pub(crate) fn give_back(lent: Lent) {
             let _ = own_area().unregister(ORIGINAL_LEN);
         }
         Lent::Resized(area) => {
-            let _ = area
-                .unregister(ORIGINAL_LEN)
-                .and_then(|()| area.register(area.len));
+            let _ = area.unregister(ORIGINAL_LEN).and_then(|()| area.register(area.len));
         }
     }
 }
 
 /// `OWN` must be given back before its thread's storage is freed: the kernel writes to it until then.
 fn own_area() -> Area {
-    Area {
-        addr: OWN.with(|own| own.0.get().expose_provenance()) as u64,
-        len: ORIGINAL_LEN,
-        sig: SIGNATURE,
-    }
+    Area { addr: OWN.with(|own| own.0.get().expose_provenance()) as u64, len: ORIGINAL_LEN, sig: SIGNATURE }
 }

@@ -48,11 +48,7 @@ pub(crate) fn now_ns() -> u64 {
 /// ETIMEDOUT is told apart.
 ///
 /// The futex is private: the word may lie in a BPF map, whose pages the kernel could not look up as a shared one.
-pub(crate) fn futex_wait(
-    word: &AtomicU32,
-    expected: u32,
-    deadline_ns: Option<u64>,
-) -> Result<(), Errno> {
+pub(crate) fn futex_wait(word: &AtomicU32, expected: u32, deadline_ns: Option<u64>) -> Result<(), Errno> {
     let deadline = deadline_ns.map(|ns| libc::timespec {
         tv_sec: (ns / 1_000_000_000) as libc::time_t,
         tv_nsec: (ns % 1_000_000_000) as libc::c_long,
@@ -80,11 +76,6 @@ pub(crate) fn futex_wait(
 pub(crate) fn futex_wake(word: &AtomicU32) {
     // SAFETY: FUTEX_WAKE uses the address as a key only.
     unsafe {
-        libc::syscall(
-            libc::SYS_futex,
-            word.as_ptr(),
-            libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG,
-            1,
-        );
+        libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, 1);
     }
 }

@@ -120,9 +120,7 @@ impl<'d> Task<'d> {
 
     /// Sets the upper 16 bits of the status word.
     pub fn set_program_bits(&self, bits: u16) {
-        self.cell
-            .status
-            .set_bits(0xffff_0000, u32::from(bits) << 16);
+        self.cell.status.set_bits(0xffff_0000, u32::from(bits) << 16);
     }
 
     /// `umcg_user_data`, the program's own word.

@@ -94,12 +94,7 @@ impl Thread {
         // SAFETY: set by `register` together with the domain, of which we hold a count until `unregister`. That does not happen
         // while the result is in use: `Inside` keeps handlers from it, and this thread does it by value.
         let (task, inner) = unsafe { (&*task, &*self.inner.get()) };
-        Some(Registration {
-            task,
-            inner,
-            index: self.index.get(),
-            tid: self.tid.get(),
-        })
+        Some(Registration { task, inner, index: self.index.get(), tid: self.tid.get() })
     }
 
     /// A count of the domain that the thread is registered in.

@@ -9,9 +9,7 @@ use std::sync::atomic::Ordering;
 
 use crate::errno::Errno;
 use crate::futex::Entry;
-use crate::shared_abi::{
-    UMCG_STATE_NONE, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING, UMCG_WAIT_ENQUEUE,
-};
+use crate::shared_abi::{UMCG_STATE_NONE, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING, UMCG_WAIT_ENQUEUE};
 use crate::sys;
 use crate::thread::{self, Registration};
 
@@ -25,7 +23,7 @@ pub(crate) fn wait(timeout_ns: u64, flags: u32) -> Result<(), Errno> {
         };
         match check(me, timeout_ns, flags) {
             Ok(UMCG_STATE_RUNNING) => Ok(()),
-            Ok(_) => switch(me, timeout_ns, flags),
+            Ok(_) => switch(me, timeout_ns, flags, Entry::Fresh),
             Err(errno) => {
                 me.task.status.show(UMCG_STATE_RUNNING);
                 Err(errno)
@@ -57,16 +55,12 @@ fn in_handler(me: Registration<'_>, flags: u32) -> Errno {
     if !me.task.status.is_waiting() {
         me.task.status.show(UMCG_STATE_RUNNING);
     }
-    if flags & !UMCG_WAIT_ENQUEUE != 0 {
-        Errno::EINVAL
-    } else {
-        Errno::EDEADLK
-    }
+    if flags & !UMCG_WAIT_ENQUEUE != 0 { Errno::EINVAL } else { Errno::EDEADLK }
 }
 
 /// Gives up the CPU until the status is RUNNING.
 #[inline]
-pub(crate) fn switch(me: Registration<'_>, timeout_ns: u64, flags: u32) -> Result<(), Errno> {
+pub(crate) fn switch(me: Registration<'_>, timeout_ns: u64, flags: u32, entry: Entry) -> Result<(), Errno> {
     let Registration { task, inner, .. } = me;
     // The kernel side reads and writes these inside the system call, in this thread: no ordering is needed.
     task.call_timeout_ns.store(timeout_ns, Ordering::Relaxed);
@@ -74,16 +68,17 @@ pub(crate) fn switch(me: Registration<'_>, timeout_ns: u64, flags: u32) -> Resul
     task.call_result.store(0, Ordering::Relaxed);
     if task.status.mark_waiting() == UMCG_STATE_RUNNABLE {
         if !inner.is_scheduled() {
-            return inner.futex.wait(me, timeout_ns, flags, Entry::Fresh);
+            return inner.futex.wait(me, timeout_ns, flags, entry);
         }
         sys::sched_yield();
         while !is_over(task.status.mark_waiting()) {
-            if !inner.is_scheduled_still() {
+            if !inner.is_scheduled() {
                 return inner.futex.wait(me, timeout_ns, flags, Entry::Held);
             }
             sys::sched_yield();
         }
     }
+    task.status.end_wait();
     Errno::check(task.call_result.load(Ordering::Relaxed))
 }
 

@@ -23,7 +23,17 @@ fn serve(server: &Server<'_>, left: &AtomicUsize) {
         ready.extend(server.take_runnable());
         let next = ready.pop_front();
         if !server.run(next.and_then(|worker| worker.tid())).expect("it is RUNNABLE") {
-            ready.extend(next);
+            next.into_iter().for_each(|worker| ready.push_front(worker));
+        }
+    }
+}
+
+/// Runs one worker, whatever events come first.
+fn run(server: &Server<'_>, worker: Task<'_>) {
+    loop {
+        server.mark_runnable();
+        if server.run(worker.tid()).unwrap() {
+            return;
         }
     }
 }
@@ -84,8 +94,7 @@ fn workers_take_turns_in_the_order_that_the_server_chooses() {
             });
         }
         // Nobody has run: all three are on the list. From here on the queue decides.
-        let waiting = || domain_workers(&domain, tid, &server) == 3;
-        eventually("three workers wait", waiting);
+        eventually("three workers wait", || listed(&server) == 3);
         serve(&server, &left);
     });
 
@@ -96,9 +105,8 @@ fn workers_take_turns_in_the_order_that_the_server_chooses() {
     }
 }
 
-/// How many workers have registered with the server: its list, not taken.
-fn domain_workers(domain: &Domain, tid: Tid, server: &Server<'_>) -> usize {
-    assert_eq!(domain.task(tid), Some(server.task()));
+/// How many workers are on the server's runnable list; it is not taken.
+fn listed(server: &Server<'_>) -> usize {
     // SAFETY: only this thread takes the list, and what is on it stays registered until it is run.
     unsafe {
         let mut count = 0;
@@ -141,26 +149,20 @@ fn a_worker_passes_the_serving_on() {
                 tell("first runs again");
             });
         });
-        eventually("the first registers", || domain_workers(&domain, tid, &server) == 1);
+        eventually("the first registers", || listed(&server) == 1);
         server.mark_runnable();
         let first = server.take_runnable().next().unwrap();
-        assert!(server.run(first.tid()).unwrap());
+        run(&server, first);
         tell("the second is done, and its host goes on");
 
         // The first switched away, so it is on no list: we know it.
         assert_eq!(first.state(), State::Runnable);
-        server.mark_runnable();
-        server.run(first.tid()).unwrap();
+        run(&server, first);
         serve(&server, &left);
     });
     assert_eq!(
         story.into_inner().unwrap(),
-        [
-            "first runs",
-            "second runs",
-            "the second is done, and its host goes on",
-            "first runs again"
-        ]
+        ["first runs", "second runs", "the second is done, and its host goes on", "first runs again"]
     );
 }
 
@@ -180,7 +182,7 @@ fn a_worker_that_exits_by_surprise_is_found_with_none() {
             }
             server.run(None).unwrap();
         };
-        assert!(server.run(worker.tid()).unwrap());
+        run(&server, worker);
         loop {
             server.mark_runnable();
             if let Some(exited) = server.take_runnable().next() {
@@ -189,39 +191,5 @@ fn a_worker_that_exits_by_surprise_is_found_with_none() {
             }
             server.run(None).unwrap();
         }
-    });
-}
-
-#[test]
-fn a_worker_that_waits_when_its_server_is_gone_is_told() {
-    let _alone = alone();
-    let domain = open(2);
-    let left = AtomicUsize::new(1);
-
-    thread::scope(|scope| {
-        let server = domain.register_server().unwrap();
-        let tid = Tid::current();
-        let (domain, left) = (&domain, &left);
-        let handle = scope.spawn(move || {
-            let worker = domain.register_worker(tid).unwrap();
-            worker.yield_now().unwrap(); // the server is gone when it comes back
-            worker.yield_now().unwrap_err().errno()
-        });
-        // Run it once; then find it on the list, start it, and be gone before it waits again.
-        eventually("it registers", || domain_workers(domain, tid, &server) == 1);
-        for _ in 0..2 {
-            server.mark_runnable();
-            let worker = server.take_runnable().next().unwrap();
-            if left.fetch_sub(1, Ordering::SeqCst) == 0 {
-                worker.set_server(Tid::new(u32::MAX - 1).unwrap());
-            }
-            server.run(worker.tid()).ok();
-            left.fetch_max(0, Ordering::SeqCst);
-            if worker.server() != Some(tid) {
-                break;
-            }
-        }
-        drop(server);
-        let _ = handle;
     });
 }
