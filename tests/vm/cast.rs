@@ -5,11 +5,16 @@
 
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicU32, AtomicU64};
-use std::sync::mpsc;
+use std::sync::{Once, mpsc};
 use std::thread::{JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
+use nix::sys::mman::{MlockAllFlags, mlockall};
+
 use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING, STATE_MASK};
+
+/// Events at the same moment that a test has at most; see `Task::run`.
+const LATE_MARKS: usize = 8;
 
 /// `struct umcg_task`, field by field as in include/umcg.h.
 #[repr(C, align(64))]
@@ -84,9 +89,18 @@ impl Task {
     }
 
     /// Runs `worker` until this server is RUNNING again; it must have been run.
+    ///
+    /// The kernel side pushes on a list, then marks the server RUNNING. Between the two the server may take the
+    /// entry and go on to its next wait: the late mark ends that at once, and nobody was run. Once for each
+    /// entry, no more.
     pub fn run(&self, worker: &Self) {
-        assert_eq!(self.switch_to(worker.tid()), 0, "umcg_wait");
-        assert_eq!(self.next_tid.load(SeqCst), 0, "the worker was not run");
+        for _ in 0..=LATE_MARKS {
+            assert_eq!(self.switch_to(worker.tid()), 0, "umcg_wait");
+            if self.next_tid.load(SeqCst) == 0 {
+                return;
+            }
+        }
+        panic!("the worker was not run");
     }
 
     /// Idles, as the seed's loop does, until `list` has entries, and takes them.
@@ -110,8 +124,16 @@ impl Task {
     }
 }
 
+/// Faults in the whole program, which lies on a file system of the host's: a worker is to block where its test
+/// says, and nowhere else. Only the first call does: a later one would touch pages that are there to sleep at.
+pub fn load_program() {
+    static LOADED: Once = Once::new();
+    LOADED.call_once(|| mlockall(MlockAllFlags::MCL_CURRENT).expect("cannot lock the test's memory"));
+}
+
 /// Opens this process's domain at the loader that the runner named.
 pub fn open(max_tasks: u32) {
+    load_program();
     assert_eq!(api::open(None, max_tasks, 0), 0, "umcg_open");
     assert_eq!(api::backend(), "sched_ext");
 }
@@ -213,6 +235,15 @@ pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
+/// The same without a system call, for workers: they would block in one.
+pub fn spin_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(90);
+    while !is_so() {
+        assert!(Instant::now() < deadline, "never happened: {what}");
+        std::hint::spin_loop();
+    }
+}
+
 /// Pins the calling thread to one CPU.
 pub fn pin(cpu: usize) {
     let mut set = nix::sched::CpuSet::new();
@@ -234,4 +265,10 @@ pub fn state_name(state: u32) -> &'static str {
         NONE => "NONE",
         _ => "?",
     }
+}
+
+/// Rounds, or seconds, of a long test: `UMCG_VM_SCALE` in the environment, a factor, makes it longer or shorter.
+pub fn scaled(n: u32) -> u32 {
+    let factor = std::env::var("UMCG_VM_SCALE").map_or(1.0, |scale| scale.parse::<f64>().expect("UMCG_VM_SCALE"));
+    ((f64::from(n) * factor) as u32).max(1)
 }

@@ -198,7 +198,7 @@ fn wait_for(mut child: Child, limit: Duration) -> Result<(), String> {
 }
 
 /// State and kernel stack of every thread of a process that does not end.
-fn where_it_hangs(pid: u32) -> String {
+pub fn where_it_hangs(pid: u32) -> String {
     let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
         return String::new();
     };

@@ -10,12 +10,39 @@ mod api;
 mod cast;
 mod harness;
 mod kernel_log;
+mod scene;
+mod userfault;
 
 mod blocking;
+mod bystanders;
+mod capture;
+mod first_run;
+mod held;
+mod killing;
+mod loader;
+mod marked_runnable;
+mod registering;
+mod rseq;
+mod stress;
+mod waiting;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let tests = [blocking::TESTS].concat();
+    let tests = [
+        blocking::TESTS,
+        bystanders::TESTS,
+        capture::TESTS,
+        first_run::TESTS,
+        held::TESTS,
+        killing::TESTS,
+        loader::TESTS,
+        marked_runnable::TESTS,
+        registering::TESTS,
+        rseq::TESTS,
+        stress::TESTS,
+        waiting::TESTS,
+    ]
+    .concat();
     harness::main(&tests)
 }

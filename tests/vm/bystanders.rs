@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! Threads that have nothing to do with UMCG: all scheduled, and fairly, or left alone.
+//!
+//! The failures this guards against: tasks that hand a CPU to each other for ever never give it to a neighbour, or never
+//! get it from one; in partial mode, threads that did not ask are scheduled by us.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::SeqCst;
+use std::thread::sleep;
+use std::time::Duration;
+
+use nix::time::{ClockId, clock_gettime};
+
+use crate::api::NONE;
+use crate::cast::{List, become_server, nr_cpus, open, pin, retire, scaled, spawn_worker};
+use crate::harness::{Loader, Test};
+
+pub const TESTS: &[Test] = &[
+    Test::new("cpu_hogs_share_the_machine", hogs),
+    Test::new("a_pair_that_switches_for_ever_shares_its_cpu", pair),
+    Test::new("in_partial_mode_only_tasks_are_ours", partial).own_loader(),
+];
+
+const SECONDS: u32 = 3;
+/// Of the CPU time that two equal threads get while both want all, the larger may be so many times the smaller.
+const FAIR: u32 = 4;
+
+static STOP: AtomicBool = AtomicBool::new(false);
+
+/// CPU time of the calling thread.
+fn cpu_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)
+        .unwrap()
+        .into()
+}
+
+/// Computes until STOP; its CPU time.
+fn hog() -> Duration {
+    while !STOP.load(SeqCst) {
+        std::hint::spin_loop();
+    }
+    cpu_time()
+}
+
+fn assert_fair(what: &str, times: &[Duration]) {
+    println!("CPU time of {what}: {times:.2?}");
+    let (least, most) = (times.iter().min().unwrap(), times.iter().max().unwrap());
+    assert!(*most < *least * FAIR, "not fair: {times:?}");
+}
+
+fn hogs() {
+    open(1); // so that the sweep is at work as well
+    let server = become_server();
+    let hogs: Vec<_> = (0..2 * nr_cpus() + 1)
+        .map(|_| std::thread::spawn(hog))
+        .collect();
+    sleep(Duration::from_secs(scaled(SECONDS).into()));
+    STOP.store(true, SeqCst);
+    let times: Vec<_> = hogs.into_iter().map(|hog| hog.join().unwrap()).collect();
+    assert_fair("hogs", &times);
+    retire(server);
+}
+
+/// A server on CPU 0 that does nothing but switch to its worker and back, until STOP; the CPU time of both.
+fn switch_for_ever() -> Duration {
+    pin(0);
+    let server = become_server();
+    // New threads inherit the affinity.
+    let worker = spawn_worker(server.tid(), |task| {
+        while !STOP.load(SeqCst) {
+            assert_eq!(task.switch_to(0), 0);
+        }
+        task.user_data.store(cpu_time().as_nanos() as u64, SeqCst);
+    });
+    server.await_runnable(worker.task);
+    while worker.task.state() != NONE {
+        server.run(worker.task);
+    }
+    worker.thread.join().unwrap();
+    retire(server);
+    cpu_time() + Duration::from_nanos(worker.task.user_data.load(SeqCst))
+}
+
+fn pair() {
+    open(2);
+    let hog = std::thread::spawn(|| {
+        pin(0);
+        hog()
+    });
+    let pair = std::thread::spawn(switch_for_ever);
+    sleep(Duration::from_secs(scaled(SECONDS).into()));
+    STOP.store(true, SeqCst);
+    assert_fair(
+        "a pair and a hog",
+        &[pair.join().unwrap(), hog.join().unwrap()],
+    );
+}
+
+const SCHED_EXT: i32 = 7;
+
+fn policy() -> i32 {
+    // SAFETY: takes no pointers.
+    unsafe { libc::sched_getscheduler(0) }
+}
+
+fn partial() {
+    let loader = Loader::start(&["--partial"]);
+    // SAFETY: this is the only thread.
+    unsafe { std::env::set_var("UMCG_SOCKET", &loader.socket) };
+    assert_eq!(policy(), libc::SCHED_OTHER);
+    open(4);
+    let server = become_server();
+    assert_eq!(policy(), SCHED_EXT);
+
+    let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+    let worker = spawn_worker(server.tid(), move |_| {
+        assert_eq!(policy(), SCHED_EXT);
+        theirs.read_exact(&mut [0]).unwrap();
+        STOP.store(true, SeqCst);
+    });
+    server.await_runnable(worker.task);
+    server.run(worker.task);
+    assert_eq!(server.take(List::Blocked).len(), 1);
+    ours.write_all(&[0]).unwrap();
+    server.await_runnable(worker.task);
+    assert!(
+        !STOP.load(SeqCst),
+        "user code ran between the block and the capture"
+    );
+    server.run(worker.task);
+    worker.thread.join().unwrap();
+
+    retire(server);
+    assert_eq!(policy(), libc::SCHED_OTHER, "not given back");
+    assert_eq!(
+        std::thread::spawn(policy).join().unwrap(),
+        libc::SCHED_OTHER
+    );
+}

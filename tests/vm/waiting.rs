@@ -1,0 +1,689 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! `umcg_wait` runs exactly the task that it names, or fails and changes nothing; `umcg_kick` ends a wait.
+//!
+//! The failures this guards against: a worker that is run twice, or by a server that was told no; a wait that nobody
+//! ends, because the event came between the mark and the call; an error that has half happened.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, AtomicU32};
+use std::sync::mpsc;
+
+use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING};
+use crate::cast::{
+    List, Task, Worker, become_server, nr_cpus, open, retire, spawn_server, spawn_worker,
+    spawn_worker_in, spin_until, state_name, wait_until,
+};
+use crate::harness::Test;
+
+pub const TESTS: &[Test] = &[
+    Test::new("waiting_in_state_running_returns_at_once", running),
+    Test::new("a_worker_that_waits_gives_its_host_back", to_host),
+    Test::new("a_worker_that_waits_may_ask_to_be_queued", enqueue),
+    Test::new("a_worker_switches_to_another_of_its_host", direct),
+    Test::new("a_server_switches_to_a_waiting_server", to_server),
+    Test::new("a_server_that_names_itself_idles", own_tid),
+    Test::new(
+        "an_event_after_the_mark_makes_the_wait_return",
+        event_after_mark,
+    ),
+    Test::new("the_programs_own_status_bits_survive_a_switch", own_bits),
+    Test::new(
+        "a_wait_of_a_server_that_fails_changes_nothing",
+        server_errors,
+    ),
+    Test::new(
+        "a_wait_of_a_worker_that_fails_changes_nothing",
+        worker_errors,
+    ),
+    Test::new("a_thread_that_is_no_task_cannot_wait", unregistered),
+    Test::new("of_two_servers_one_gets_the_worker", two_servers).limit_s(300),
+    Test::new("a_worker_that_marked_itself_can_be_picked", marked),
+    Test::new("a_worker_picked_in_its_sleep_is_blocked", picked_asleep),
+    Test::new("kick_ends_the_wait_of_a_server", kick_server),
+    Test::new("kick_queues_a_waiting_worker", kick_worker),
+    Test::new("kick_leaves_others_alone", kick_others),
+];
+
+/// No thread has it: above the kernel's PID_MAX_LIMIT.
+const NO_TID: u32 = 1 << 30;
+
+/// All that the kernel side may write, for "nothing changed".
+#[derive(Debug, PartialEq)]
+struct Words {
+    status: u32,
+    tids: [u32; 3],
+    others: [u64; 6],
+}
+
+impl Words {
+    fn of(task: &Task) -> Self {
+        Self {
+            status: task.status.load(SeqCst),
+            tids: [&task.server_tid, &task.next_tid, &task.tid].map(|word| word.load(SeqCst)),
+            others: [
+                &task.blocked_ptr,
+                &task.runnable_ptr,
+                &task.blocked_ts,
+                &task.runnable_ts,
+                &task.user_data,
+                &task.reserved,
+            ]
+            .map(|word| word.load(SeqCst)),
+        }
+    }
+}
+
+/// Waits with `status` and `next`: it must fail with `errno`, show RUNNING, and change nothing of the `cast`.
+fn fails(me: &Task, status: u32, next: u32, flags: u32, errno: i32, cast: &[&Task]) {
+    me.next_tid.store(next, SeqCst);
+    me.status.store(status, SeqCst);
+    let others = || cast.iter().map(|task| Words::of(task)).collect::<Vec<_>>();
+    let before = (
+        Words {
+            status: RUNNING,
+            ..Words::of(me)
+        },
+        others(),
+    );
+    let answer = api::wait(0, flags);
+    assert_eq!(
+        answer,
+        -errno,
+        "with status {} and next {next}",
+        state_name(status)
+    );
+    assert_eq!(
+        (Words::of(me), others()),
+        before,
+        "a wait that failed changed something"
+    );
+}
+
+fn lists_are_empty(server: &Task) -> bool {
+    server.take(List::Blocked).is_empty() && server.take(List::Runnable).is_empty()
+}
+
+fn running() {
+    open(2);
+    let server = become_server();
+    server.next_tid.store(NO_TID, SeqCst);
+    assert_eq!(api::wait(0, 0), 0);
+    assert_eq!(server.next_tid.load(SeqCst), NO_TID);
+
+    let worker = spawn_worker(server.tid(), |task| {
+        task.next_tid.store(NO_TID, SeqCst);
+        assert_eq!(api::wait(0, 0), 0);
+        assert_eq!(
+            (task.state(), task.next_tid.load(SeqCst)),
+            (RUNNING, NO_TID)
+        );
+    });
+    server.await_runnable(worker.task);
+    server.run(worker.task);
+    assert_eq!(worker.task.state(), NONE, "the worker stopped in its wait");
+    worker.thread.join().unwrap();
+    retire(server);
+}
+
+fn to_host() {
+    static ROUNDS: AtomicU32 = AtomicU32::new(0);
+
+    open(2);
+    let server = become_server();
+    let host = server.tid();
+    let worker = spawn_worker(host, move |task| {
+        for round in 1..=20 {
+            ROUNDS.store(round, SeqCst);
+            // Its host's tid and 0 mean the same.
+            assert_eq!(task.switch_to([0, host][round as usize % 2]), 0);
+            assert_eq!((task.state(), task.next_tid.load(SeqCst)), (RUNNING, 0));
+        }
+    });
+    server.await_runnable(worker.task);
+    for round in 1..=20 {
+        server.run(worker.task);
+        assert_eq!(ROUNDS.load(SeqCst), round);
+        assert_eq!((server.state(), worker.task.state()), (RUNNING, RUNNABLE));
+        assert!(lists_are_empty(server), "a worker that waits is on no list");
+    }
+    server.run(worker.task);
+    worker.thread.join().unwrap();
+    retire(server);
+}
+
+fn enqueue() {
+    open(2);
+    let server = become_server();
+    let worker = spawn_worker(server.tid(), |task| {
+        for _ in 0..20 {
+            task.status.store(RUNNABLE, SeqCst);
+            assert_eq!(api::wait(0, umcg::raw::UMCG_WAIT_ENQUEUE), 0);
+        }
+    });
+    for _ in 0..20 {
+        server.await_runnable(worker.task);
+        server.run(worker.task);
+    }
+    server.await_runnable(worker.task);
+    server.run(worker.task);
+    worker.thread.join().unwrap();
+    retire(server);
+}
+
+fn direct() {
+    open(3);
+    let server = become_server();
+    let host = server.tid();
+    let second = spawn_worker(host, move |task| {
+        for _ in 0..20 {
+            assert_eq!(server.state(), RUNNABLE, "the host runs beside its worker");
+            assert_eq!(task.switch_to(0), 0);
+        }
+    });
+    server.await_runnable(second.task);
+    let second_task = second.task;
+    let first = spawn_worker(host, move |task| {
+        for _ in 0..20 {
+            assert_eq!(task.switch_to(second_task.tid()), 0);
+            assert_eq!(task.next_tid.load(SeqCst), 0, "not run");
+        }
+    });
+    server.await_runnable(first.task);
+    for _ in 0..20 {
+        server.run(first.task);
+        let states = [first.task.state(), second.task.state()];
+        assert_eq!(
+            states,
+            [RUNNABLE, RUNNABLE],
+            "the host came back before the second had its turn"
+        );
+        assert!(lists_are_empty(server));
+    }
+    for worker in [first, second] {
+        server.run(worker.task);
+        worker.thread.join().unwrap();
+    }
+    retire(server);
+}
+
+fn to_server() {
+    open(2);
+    let me = become_server();
+    let my_tid = me.tid();
+    let other = spawn_server(move |task| {
+        assert_eq!(task.switch_to(0), 0);
+        for _ in 0..20 {
+            assert_eq!(task.switch_to(my_tid), 0);
+            assert_eq!(task.next_tid.load(SeqCst), 0);
+        }
+    });
+    wait_until("the other server waits", || other.task.state() == RUNNABLE);
+    for _ in 0..20 {
+        run_server(me, other.task);
+        assert_eq!(me.state(), RUNNING);
+    }
+    wait_until("the other server waits again", || {
+        other.task.state() == RUNNABLE
+    });
+    assert_eq!(api::kick(other.task.tid(), 0), 0);
+    other.thread.join().unwrap();
+    retire(me);
+}
+
+/// Switches to a server that has marked itself and is about to wait, or waits.
+fn run_server(me: &Task, other: &Task) {
+    wait_until("the other server waits", || other.state() == RUNNABLE);
+    assert_eq!(me.switch_to(other.tid()), 0);
+    assert_eq!(me.next_tid.load(SeqCst), 0);
+}
+
+fn own_tid() {
+    static ENDED: AtomicBool = AtomicBool::new(false);
+
+    open(1);
+    let server = spawn_server(|task| {
+        assert_eq!(task.switch_to(task.tid()), 0);
+        assert_eq!(task.state(), RUNNING);
+        ENDED.store(true, SeqCst);
+    });
+    wait_until("the server waits", || server.task.state() == RUNNABLE);
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    assert!(!ENDED.load(SeqCst), "the wait ended without an event");
+    assert_eq!(api::kick(server.task.tid(), 0), 0);
+    server.thread.join().unwrap();
+}
+
+fn event_after_mark() {
+    open(3);
+    let server = become_server();
+    let host = server.tid();
+    let worker = spawn_worker(host, |_| {});
+    server.await_runnable(worker.task);
+
+    server.next_tid.store(worker.task.tid(), SeqCst);
+    server.status.store(RUNNABLE, SeqCst);
+    let late = spawn_worker(host, |_| {});
+    wait_until("the event makes the server RUNNING", || {
+        server.state() == RUNNING
+    });
+    assert_eq!(api::wait(0, 0), 0);
+    assert_eq!(
+        server.next_tid.load(SeqCst),
+        worker.task.tid(),
+        "not run, and not said so"
+    );
+    assert_eq!(worker.task.state(), RUNNABLE);
+
+    server.await_runnable(late.task);
+    for worker in [worker, late] {
+        server.run(worker.task);
+        worker.thread.join().unwrap();
+    }
+    retire(server);
+}
+
+fn own_bits() {
+    const SERVER: u32 = 0xbeef_0000;
+    const WORKER: u32 = 0xcafe_0000;
+
+    fn switch(task: &Task, next: u32, bits: u32) {
+        task.next_tid.store(next, SeqCst);
+        task.status.store(bits | RUNNABLE, SeqCst);
+        assert_eq!(api::wait(0, 0), 0);
+        assert_eq!(task.status.load(SeqCst), bits | RUNNING);
+    }
+    open(2);
+    let server = become_server();
+    let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+    let worker = spawn_worker(server.tid(), move |task| {
+        switch(task, 0, WORKER);
+        theirs.read_exact(&mut [0]).unwrap();
+        assert_eq!(task.status.load(SeqCst), WORKER | RUNNING);
+    });
+    server.await_runnable(worker.task);
+    switch(server, worker.task.tid(), SERVER);
+    assert_eq!(worker.task.status.load(SeqCst) >> 16, WORKER >> 16);
+    switch(server, worker.task.tid(), SERVER);
+    assert_eq!(worker.task.status.load(SeqCst), WORKER | BLOCKED);
+    ours.write_all(&[0]).unwrap();
+    server.await_runnable(worker.task);
+    assert_eq!(worker.task.status.load(SeqCst), WORKER | RUNNABLE);
+    switch(server, worker.task.tid(), SERVER);
+    worker.thread.join().unwrap();
+    retire(server);
+}
+
+/// Another server, which serves `busy` until `quit`; `idle` is its, too, and waits for its first run.
+struct OtherServer {
+    server: Worker,
+    busy: &'static Task,
+    idle: &'static Task,
+    quit: &'static AtomicBool,
+}
+
+impl OtherServer {
+    fn start() -> Self {
+        let quit: &AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));
+        let (sender, receiver) = mpsc::channel();
+        let server = spawn_server(move |task| {
+            let busy = spawn_worker(task.tid(), |_| spin_until("quit", || quit.load(SeqCst)));
+            task.await_runnable(busy.task);
+            let idle = spawn_worker(task.tid(), |_| {});
+            task.await_runnable(idle.task);
+            sender.send([busy.task, idle.task]).unwrap();
+            for worker in [busy, idle] {
+                task.run(worker.task);
+                worker.thread.join().unwrap();
+            }
+        });
+        let [busy, idle] = receiver.recv().unwrap();
+        wait_until("the other server serves", || {
+            (server.task.state(), busy.state()) == (RUNNABLE, RUNNING)
+        });
+        Self {
+            server,
+            busy,
+            idle,
+            quit,
+        }
+    }
+
+    fn end(self) {
+        self.quit.store(true, SeqCst);
+        self.server.thread.join().unwrap();
+    }
+}
+
+/// Runs `worker` until it is BLOCKED.
+fn run_into_block(server: &Task, worker: &Task) {
+    server.run(worker);
+    assert_eq!(server.take(List::Blocked).len(), 1);
+    assert_eq!(worker.state(), BLOCKED);
+}
+
+fn server_errors() {
+    let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+    open(8);
+    let me = become_server();
+    let sleeper = spawn_worker(me.tid(), move |_| theirs.read_exact(&mut [0]).unwrap());
+    me.await_runnable(sleeper.task);
+    run_into_block(me, sleeper.task);
+    let other = OtherServer::start();
+    let cast = [sleeper.task, other.server.task, other.busy, other.idle];
+
+    let (tid, my_tid) = (Task::tid, me.tid());
+    fails(me, RUNNABLE, NO_TID, 0, libc::ESRCH, &cast);
+    fails(me, RUNNABLE, 1, 0, libc::ESRCH, &cast);
+    fails(me, RUNNABLE, tid(sleeper.task), 0, libc::EBUSY, &cast);
+    fails(me, RUNNABLE, tid(other.server.task), 0, libc::EBUSY, &cast);
+    fails(me, RUNNABLE, tid(other.idle), 0, libc::EINVAL, &cast);
+    other.busy.server_tid.store(my_tid, SeqCst);
+    fails(me, RUNNABLE, tid(other.busy), 0, libc::EBUSY, &cast);
+    other.busy.server_tid.store(tid(other.server.task), SeqCst);
+    fails(me, RUNNABLE, tid(sleeper.task), 2, libc::EINVAL, &cast);
+    fails(me, BLOCKED, tid(sleeper.task), 0, libc::EINVAL, &cast);
+    fails(me, NONE, tid(sleeper.task), 0, libc::EINVAL, &cast);
+
+    let awake = spawn_server(|task| spin_until("quit", || task.user_data.load(SeqCst) == 1));
+    fails(me, RUNNABLE, tid(awake.task), 0, libc::EBUSY, &[awake.task]);
+    awake.task.user_data.store(1, SeqCst);
+    awake.thread.join().unwrap();
+
+    other.end();
+    ours.write_all(&[0]).unwrap();
+    me.await_runnable(sleeper.task);
+    me.run(sleeper.task);
+    sleeper.thread.join().unwrap();
+    retire(me);
+}
+
+fn worker_errors() {
+    let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+    open(8);
+    let me = become_server();
+    let sleeper = spawn_worker(me.tid(), move |_| theirs.read_exact(&mut [0]).unwrap());
+    me.await_runnable(sleeper.task);
+    run_into_block(me, sleeper.task);
+    let other = OtherServer::start();
+    let cast = [me, sleeper.task, other.server.task, other.busy, other.idle];
+
+    let my_tid = me.tid();
+    let idle_tid = other.idle.tid();
+    let worker = spawn_worker(my_tid, move |task| {
+        fails(task, RUNNABLE, NO_TID, 0, libc::ESRCH, &cast);
+        fails(task, RUNNABLE, task.tid(), 0, libc::EINVAL, &cast);
+        fails(task, RUNNABLE, idle_tid, 0, libc::EINVAL, &cast);
+        fails(task, RUNNABLE, cast[1].tid(), 0, libc::EBUSY, &cast);
+        fails(task, RUNNABLE, 0, 2, libc::EINVAL, &cast);
+        fails(task, BLOCKED, 0, 0, libc::EINVAL, &cast);
+        fails(task, NONE, 0, 0, libc::EINVAL, &cast);
+        task.server_tid.store(NO_TID, SeqCst);
+        fails(
+            task,
+            RUNNABLE,
+            0,
+            umcg::raw::UMCG_WAIT_ENQUEUE,
+            libc::ESRCH,
+            &cast,
+        );
+        task.server_tid.store(my_tid, SeqCst);
+        task.status.store(RUNNABLE, SeqCst);
+        assert_eq!(api::wait(1, 0), -libc::ERANGE);
+        assert_eq!(task.state(), RUNNING);
+    });
+    me.await_runnable(worker.task);
+    me.run(worker.task);
+    assert_eq!(worker.task.state(), NONE);
+    worker.thread.join().unwrap();
+
+    other.end();
+    ours.write_all(&[0]).unwrap();
+    me.await_runnable(sleeper.task);
+    me.run(sleeper.task);
+    sleeper.thread.join().unwrap();
+    retire(me);
+}
+
+fn unregistered() {
+    assert_eq!(api::wait(0, 0), -libc::EINVAL, "before umcg_open");
+    assert_eq!(api::kick(1, 0), -libc::ESRCH, "before umcg_open");
+    open(1);
+    assert_eq!(api::wait(0, 0), -libc::EINVAL);
+    let server = become_server();
+    retire(server);
+    assert_eq!(api::wait(0, 0), -libc::EINVAL, "after umcg_unregister");
+}
+
+/// Two servers that meet at each round, spinning, so that both start at the same time.
+struct Meeting {
+    arrived: AtomicU32,
+    /// The round that somebody has lost.
+    lost: AtomicU32,
+    runs: AtomicU32,
+}
+
+static MEETING: Meeting = Meeting {
+    arrived: AtomicU32::new(0),
+    lost: AtomicU32::new(0),
+    runs: AtomicU32::new(0),
+};
+
+impl Meeting {
+    fn meet(&self, round: u32) {
+        self.arrived.fetch_add(1, SeqCst);
+        spin_until("the other server comes", || {
+            self.arrived.load(SeqCst) >= 2 * round
+        });
+    }
+
+    /// One attempt at the worker, in the `round`th round; whether it was run.
+    fn try_to_run(&self, me: &Task, worker: &Task, round: u32) -> bool {
+        self.meet(round);
+        worker.server_tid.store(me.tid(), SeqCst);
+        match (me.switch_to(worker.tid()), me.next_tid.load(SeqCst)) {
+            (0, 0) => true,
+            // EINVAL: the other has written its own tid last.
+            (error, next) if [-libc::EBUSY, -libc::EINVAL].contains(&error) => {
+                assert_eq!((next, me.state()), (worker.tid(), RUNNING));
+                self.lost.store(round, SeqCst);
+                false
+            }
+            other => panic!("wait and umcg_next_tid: {other:?}"),
+        }
+    }
+}
+
+fn two_servers() {
+    const ROUNDS: u32 = 2000;
+
+    open(3);
+    let me = become_server();
+    // Runs until the round has a loser: so there can only be one winner.
+    let worker = spawn_worker(me.tid(), |task| {
+        for round in 1..=ROUNDS {
+            MEETING.runs.fetch_add(1, SeqCst);
+            spin_until("the other server lost", || {
+                MEETING.lost.load(SeqCst) == round
+            });
+            assert_eq!(task.switch_to(0), 0);
+        }
+    });
+    me.await_runnable(worker.task);
+    let worker_task = worker.task;
+    let other = spawn_server(move |task| {
+        let won = (1..=ROUNDS).filter(|&round| MEETING.try_to_run(task, worker_task, round));
+        task.user_data.store(won.count() as u64, SeqCst);
+    });
+    let mut won = 0;
+    for round in 1..=ROUNDS {
+        won += u32::from(MEETING.try_to_run(me, worker.task, round));
+    }
+    wait_until("the other server is done", || other.task.state() == NONE);
+    let others = other.task.user_data.load(SeqCst) as u32;
+    println!(
+        "won {won} rounds, the other server {others}, on {} CPUs",
+        nr_cpus()
+    );
+    assert_eq!((won + others, MEETING.runs.load(SeqCst)), (ROUNDS, ROUNDS));
+
+    worker.task.server_tid.store(me.tid(), SeqCst);
+    me.run(worker.task);
+    worker.thread.join().unwrap();
+    other.thread.join().unwrap();
+    retire(me);
+}
+
+fn marked() {
+    static PICKED: AtomicBool = AtomicBool::new(false);
+    static MARKED: AtomicBool = AtomicBool::new(false);
+
+    open(3);
+    let me = become_server();
+    let worker = spawn_worker(me.tid(), |task| {
+        task.status.store(RUNNABLE, SeqCst);
+        MARKED.store(true, SeqCst);
+        spin_until("somebody picks it", || task.state() == RUNNING);
+        PICKED.store(true, SeqCst);
+        assert_eq!(api::wait(0, 0), 0, "it is RUNNING already");
+        assert_eq!(task.switch_to(0), 0);
+    });
+    me.await_runnable(worker.task);
+    let worker_task = worker.task;
+    let other = spawn_server(move |task| {
+        wait_until("the worker marks itself", || MARKED.load(SeqCst));
+        worker_task.server_tid.store(task.tid(), SeqCst);
+        task.run(worker_task);
+        assert!(PICKED.load(SeqCst), "its new host does not serve it");
+        assert_eq!(worker_task.state(), RUNNABLE);
+        assert!(lists_are_empty(task));
+        task.run(worker_task);
+        assert_eq!(worker_task.state(), NONE);
+    });
+    me.run(worker.task); // until the other server takes it away
+    assert_eq!(me.state(), RUNNING);
+    assert!(lists_are_empty(me));
+    other.thread.join().unwrap();
+    worker.thread.join().unwrap();
+    retire(me);
+}
+
+fn picked_asleep() {
+    static STEPS: AtomicU32 = AtomicU32::new(0);
+
+    let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+    open(3);
+    let me = become_server();
+    let (sender, tid_of_worker) = mpsc::channel();
+    let worker = spawn_worker_in(
+        me.tid(),
+        move || sender.send(crate::cast::gettid()).unwrap(),
+        move |task| {
+            task.status.store(RUNNABLE, SeqCst);
+            theirs.read_exact(&mut [0]).unwrap();
+            STEPS.fetch_add(1, SeqCst);
+        },
+    );
+    let worker_tid = tid_of_worker.recv().unwrap();
+    me.await_runnable(worker.task);
+    let worker_task = worker.task;
+    let other = spawn_server(move |task| {
+        wait_until("the worker marks itself", || {
+            worker_task.state() == RUNNABLE && sleeps(worker_tid)
+        });
+        worker_task.server_tid.store(task.tid(), SeqCst);
+        run_into_block(task, worker_task);
+        assert!(worker_task.blocked_ts.load(SeqCst) > 0);
+        ours.write_all(&[0]).unwrap();
+        task.await_runnable(worker_task);
+        assert_eq!(
+            STEPS.load(SeqCst),
+            0,
+            "user code ran before the worker was run again"
+        );
+        task.run(worker_task);
+        assert_eq!(STEPS.load(SeqCst), 1);
+    });
+    me.run(worker.task); // until the other server takes it away
+    assert!(lists_are_empty(me));
+    other.thread.join().unwrap();
+    worker.thread.join().unwrap();
+    retire(me);
+}
+
+fn sleeps(tid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/self/task/{tid}/stat")).unwrap();
+    stat.contains(") S ")
+}
+
+fn kick_server() {
+    const ROUNDS: u32 = 2000;
+    static ROUND: AtomicU32 = AtomicU32::new(0);
+
+    open(1);
+    let server = spawn_server(|task| {
+        for round in 1..=ROUNDS {
+            task.status.store(RUNNABLE, SeqCst);
+            ROUND.store(round, SeqCst);
+            assert_eq!(api::wait(0, 0), 0);
+            assert_eq!(task.state(), RUNNING);
+        }
+    });
+    // One kick for each mark: it comes before, in the middle of, or after the call, and must do in all three.
+    let tid = server.task.tid();
+    for round in 1..=ROUNDS {
+        spin_until("the server's next round", || ROUND.load(SeqCst) == round);
+        assert_eq!(api::kick(tid, 0), 0);
+    }
+    server.thread.join().unwrap();
+    assert_eq!(api::kick(tid, 0), -libc::ESRCH);
+    assert_eq!(api::kick(NO_TID, 0), -libc::ESRCH);
+    assert_eq!(api::kick(tid, 1), -libc::EINVAL);
+}
+
+fn kick_worker() {
+    open(2);
+    let server = become_server();
+    let worker = spawn_worker(server.tid(), |task| {
+        assert_eq!(task.switch_to(0), 0);
+    });
+    server.await_runnable(worker.task);
+    server.run(worker.task);
+    assert!(lists_are_empty(server));
+    let tid = worker.task.tid();
+    let kicker = std::thread::spawn(move || {
+        wait_until("the server waits", || server.state() == RUNNABLE);
+        assert_eq!(api::kick(tid, 0), 0);
+    });
+    server.await_runnable(worker.task);
+    assert_eq!(worker.task.state(), RUNNABLE);
+    kicker.join().unwrap();
+    server.run(worker.task);
+    worker.thread.join().unwrap();
+    retire(server);
+}
+
+fn kick_others() {
+    let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+    open(8);
+    let me = become_server();
+    let sleeper = spawn_worker(me.tid(), move |_| theirs.read_exact(&mut [0]).unwrap());
+    me.await_runnable(sleeper.task);
+    run_into_block(me, sleeper.task);
+    let other = OtherServer::start();
+    // RUNNING without the flag, BLOCKED, serving, and the caller.
+    let cast = [other.busy, sleeper.task, other.server.task, me];
+    let words = || cast.iter().map(|task| Words::of(task)).collect::<Vec<_>>();
+    let before = words();
+    for task in cast {
+        assert_eq!(api::kick(task.tid(), 0), 0);
+        assert_eq!(words(), before, "a kick changed something");
+    }
+    other.end();
+    ours.write_all(&[0]).unwrap();
+    me.await_runnable(sleeper.task);
+    me.run(sleeper.task);
+    sleeper.thread.join().unwrap();
+    retire(me);
+}
