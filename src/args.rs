@@ -147,9 +147,6 @@ mod tests {
     #[test]
     fn limits_have_the_documented_defaults() {
         let load = parse("scx_umcg").unwrap().load;
-        assert_eq!(
-            (load.max_domains, load.max_tasks, load.watchdog),
-            (64, 16384, 30)
-        );
+        assert_eq!((load.max_domains, load.max_tasks, load.watchdog), (64, 16384, 30));
     }
 }

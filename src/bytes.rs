@@ -3,9 +3,7 @@
 
 use std::mem::size_of;
 
-use crate::shared_abi::{
-    umcg_admin_args, umcg_cell, umcg_header, umcg_hello, umcg_stats, umcg_welcome,
-};
+use crate::shared_abi::{umcg_admin_args, umcg_cell, umcg_header, umcg_hello, umcg_stats, umcg_welcome};
 
 /// A struct that is nothing but its bytes.
 ///
@@ -30,8 +28,7 @@ pub(crate) unsafe trait Bytes: Copy {
     fn from_bytes(bytes: &[u8]) -> Option<Self> {
         // SAFETY: the slice is as long as Self, every pattern of bits is a value, and the read does not
         // ask for alignment.
-        (bytes.len() == size_of::<Self>())
-            .then(|| unsafe { bytes.as_ptr().cast::<Self>().read_unaligned() })
+        (bytes.len() == size_of::<Self>()).then(|| unsafe { bytes.as_ptr().cast::<Self>().read_unaligned() })
     }
 }
 
@@ -54,12 +51,7 @@ mod tests {
 
     #[test]
     fn a_message_of_the_wrong_length_is_no_hello() {
-        let hello = umcg_hello {
-            magic: 1,
-            abi_version: 2,
-            max_tasks: 3,
-            reserved: 0,
-        };
+        let hello = umcg_hello { magic: 1, abi_version: 2, max_tasks: 3, reserved: 0 };
         let bytes = hello.as_bytes();
         assert_eq!(umcg_hello::from_bytes(bytes).unwrap().max_tasks, 3);
         assert!(umcg_hello::from_bytes(&bytes[..15]).is_none());

@@ -17,8 +17,8 @@ use nix::errno::Errno;
 use crate::bytes::Bytes;
 use crate::scheduler::{Scheduler, create_domain_map};
 use crate::shared_abi::{
-    UMCG_ABI_VERSION, UMCG_DOMAIN_PARTIAL, UMCG_MAGIC, UMCG_STATE_NONE, umcg_cell, umcg_header,
-    umcg_hello, umcg_task, umcg_welcome,
+    UMCG_ABI_VERSION, UMCG_DOMAIN_PARTIAL, UMCG_MAGIC, UMCG_STATE_NONE, umcg_cell, umcg_header, umcg_hello,
+    umcg_task, umcg_welcome,
 };
 use crate::slots::Slots;
 
@@ -48,24 +48,13 @@ pub(crate) struct Domains {
 
 impl Domains {
     pub(crate) fn new(max_domains: u32, max_tasks: u32, partial: bool) -> Self {
-        Self {
-            domains: BTreeMap::new(),
-            max_domains,
-            slots: Slots::new(max_tasks),
-            partial,
-        }
+        Self { domains: BTreeMap::new(), max_domains, slots: Slots::new(max_tasks), partial }
     }
 
     /// Opens the domain that `hello` asks for. It is closing until it gets its lease.
-    pub(crate) fn open(
-        &mut self,
-        scheduler: &Scheduler,
-        hello: &umcg_hello,
-    ) -> Result<umcg_welcome, Errno> {
+    pub(crate) fn open(&mut self, scheduler: &Scheduler, hello: &umcg_hello) -> Result<umcg_welcome, Errno> {
         check_hello(hello)?;
-        let number = (0..self.max_domains)
-            .find(|n| !self.domains.contains_key(n))
-            .ok_or(Errno::ENOSPC)?;
+        let number = (0..self.max_domains).find(|n| !self.domains.contains_key(n)).ok_or(Errno::ENOSPC)?;
         let slots = self.slots.take(hello.max_tasks).ok_or(Errno::ENOSPC)?;
         let nonce = nonce()?;
         let opened = new_map(hello.max_tasks, self.partial).and_then(|map| {
@@ -73,14 +62,7 @@ impl Domains {
             Ok(map)
         });
         let map = opened.inspect_err(|_| self.slots.give_back(&slots))?;
-        self.domains.insert(
-            number,
-            Domain {
-                slots,
-                map,
-                lease: None,
-            },
-        );
+        self.domains.insert(number, Domain { slots, map, lease: None });
         Ok(umcg_welcome {
             error: 0,
             abi_version: UMCG_ABI_VERSION,
@@ -128,18 +110,9 @@ impl Domains {
     /// Tells the clients that nobody schedules them any more.
     pub(crate) fn end_epoch(&self) {
         for (number, domain) in &self.domains {
-            let header = umcg_header {
-                epoch: 1,
-                ..header(domain.slots.len() as u32, self.partial)
-            };
-            if let Err(error) =
-                domain
-                    .map
-                    .update(&0u32.to_ne_bytes(), header.as_bytes(), MapFlags::ANY)
-            {
-                log::warn!(
-                    "domain {number}: its process does not know that the scheduler is gone: {error}"
-                );
+            let header = umcg_header { epoch: 1, ..header(domain.slots.len() as u32, self.partial) };
+            if let Err(error) = domain.map.update(&0u32.to_ne_bytes(), header.as_bytes(), MapFlags::ANY) {
+                log::warn!("domain {number}: its process does not know that the scheduler is gone: {error}");
             }
         }
     }
@@ -151,9 +124,7 @@ impl Domains {
 
     /// All leases, with the number of their domain.
     pub(crate) fn leases(&self) -> impl Iterator<Item = (u32, &Lease)> {
-        self.domains
-            .iter()
-            .filter_map(|(&number, domain)| Some((number, domain.lease.as_ref()?)))
+        self.domains.iter().filter_map(|(&number, domain)| Some((number, domain.lease.as_ref()?)))
     }
 
     /// The numbers of all domains, also of those that are closing.
@@ -187,19 +158,12 @@ fn header(nr_slots: u32, partial: bool) -> umcg_header {
 fn new_map(nr_slots: u32, partial: bool) -> Result<MapHandle, Errno> {
     let map = create_domain_map(nr_slots)?;
     let free = umcg_cell {
-        task: umcg_task {
-            umcg_status: UMCG_STATE_NONE,
-            ..Default::default()
-        },
+        task: umcg_task { umcg_status: UMCG_STATE_NONE, ..Default::default() },
         ..Default::default()
     };
     let header = header(nr_slots, partial);
     let keys: Vec<u8> = (0..=nr_slots).flat_map(u32::to_ne_bytes).collect();
-    let cells = [
-        header.as_bytes(),
-        &free.as_bytes().repeat(nr_slots as usize),
-    ]
-    .concat();
+    let cells = [header.as_bytes(), &free.as_bytes().repeat(nr_slots as usize)].concat();
     map.update_batch(&keys, &cells, nr_slots + 1, MapFlags::ANY, MapFlags::ANY)
         .inspect_err(|error| log::warn!("cannot fill a domain: {error}"))
         .map_err(|_| Errno::ENOMEM)?;
@@ -220,38 +184,16 @@ fn nonce() -> Result<u64, Errno> {
 mod tests {
     use super::*;
 
-    const HELLO: umcg_hello = umcg_hello {
-        magic: UMCG_MAGIC,
-        abi_version: UMCG_ABI_VERSION,
-        max_tasks: 1,
-        reserved: 0,
-    };
+    const HELLO: umcg_hello =
+        umcg_hello { magic: UMCG_MAGIC, abi_version: UMCG_ABI_VERSION, max_tasks: 1, reserved: 0 };
 
     #[test]
     fn a_hello_is_checked_before_anything_is_allocated() {
         let check = |hello| check_hello(&hello).err();
         assert_eq!(check(HELLO), None);
         assert_eq!(check(umcg_hello { magic: 0, ..HELLO }), Some(Errno::EPROTO));
-        assert_eq!(
-            check(umcg_hello {
-                abi_version: 2,
-                ..HELLO
-            }),
-            Some(Errno::EPROTO)
-        );
-        assert_eq!(
-            check(umcg_hello {
-                max_tasks: 0,
-                ..HELLO
-            }),
-            Some(Errno::EINVAL)
-        );
-        assert_eq!(
-            check(umcg_hello {
-                reserved: 1,
-                ..HELLO
-            }),
-            Some(Errno::EINVAL)
-        );
+        assert_eq!(check(umcg_hello { abi_version: 2, ..HELLO }), Some(Errno::EPROTO));
+        assert_eq!(check(umcg_hello { max_tasks: 0, ..HELLO }), Some(Errno::EINVAL));
+        assert_eq!(check(umcg_hello { reserved: 1, ..HELLO }), Some(Errno::EINVAL));
     }
 }

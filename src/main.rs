@@ -91,17 +91,8 @@ fn start_log(quiet: LevelFilter, verbose: u8) -> Result<()> {
         1 => LevelFilter::Info,
         _ => LevelFilter::Debug,
     };
-    let color = if stderr().is_terminal() {
-        ColorChoice::Auto
-    } else {
-        ColorChoice::Never
-    };
-    Ok(TermLogger::init(
-        level,
-        config.build(),
-        TerminalMode::Stderr,
-        color,
-    )?)
+    let color = if stderr().is_terminal() { ColorChoice::Auto } else { ColorChoice::Never };
+    Ok(TermLogger::init(level, config.build(), TerminalMode::Stderr, color)?)
 }
 
 /// Prints `scx_umcg: what is wrong; what to do`, on one line.
@@ -117,13 +108,8 @@ fn sentence(error: &anyhow::Error) -> String {
         None => (outermost.as_str(), None),
     };
     let causes = error.chain().skip(1).map(ToString::to_string);
-    let what = std::iter::once(what.to_owned())
-        .chain(causes)
-        .collect::<Vec<_>>()
-        .join(": ");
-    let sentence = advice
-        .into_iter()
-        .fold(what, |what, advice| format!("{what}; {advice}"));
+    let what = std::iter::once(what.to_owned()).chain(causes).collect::<Vec<_>>().join(": ");
+    let sentence = advice.into_iter().fold(what, |what, advice| format!("{what}; {advice}"));
     sentence.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
@@ -134,13 +120,8 @@ mod tests {
 
     #[test]
     fn advice_comes_last_and_all_is_one_line() {
-        let error = anyhow!("disk\nfull")
-            .context("write failed")
-            .context("cannot save; make room");
-        assert_eq!(
-            sentence(&error),
-            "cannot save: write failed: disk full; make room"
-        );
+        let error = anyhow!("disk\nfull").context("write failed").context("cannot save; make room");
+        assert_eq!(sentence(&error), "cannot save: write failed: disk full; make room");
         assert_eq!(sentence(&anyhow!("plain")), "plain");
     }
 }

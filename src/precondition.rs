@@ -19,20 +19,14 @@ const CAP_BPF: u32 = 39;
 
 /// Checks this process and the running kernel, the most telling miss first.
 pub(crate) fn check() -> Result<()> {
-    let status = fs::read_to_string("/proc/self/status")
-        .context("cannot read /proc/self/status; mount /proc")?;
+    let status =
+        fs::read_to_string("/proc/self/status").context("cannot read /proc/self/status; mount /proc")?;
     ensure!(
         may_load(effective_capabilities(&status)),
         "may not load a BPF scheduler; run it as root, or with CAP_BPF and CAP_PERFMON"
     );
-    let release = nix::sys::utsname::uname()?
-        .release()
-        .to_string_lossy()
-        .into_owned();
-    ensure!(
-        new_enough(&release),
-        "kernel {release} is too old; boot Linux 6.12 or later"
-    );
+    let release = nix::sys::utsname::uname()?.release().to_string_lossy().into_owned();
+    ensure!(new_enough(&release), "kernel {release} is too old; boot Linux 6.12 or later");
     ensure!(
         Path::new(SCHED_EXT).exists(),
         "kernel has no sched_ext; boot Linux 6.12 or later with CONFIG_SCHED_CLASS_EXT=y, \
@@ -61,9 +55,7 @@ fn may_load(capabilities: u64) -> bool {
 
 /// Whether a release such as "6.12.107-cloud-amd64" has sched_ext; in doubt it has, and the load decides.
 fn new_enough(release: &str) -> bool {
-    let mut numbers = release
-        .split(|c: char| !c.is_ascii_digit())
-        .map_while(|n| n.parse().ok());
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|n| n.parse().ok());
     match (numbers.next(), numbers.next()) {
         (Some(major), Some(minor)) => (major, minor) >= OLDEST_KERNEL,
         _ => true,
@@ -77,12 +69,10 @@ fn no_other_scheduler(sched_ext: &Path) -> Result<()> {
         return Ok(());
     }
     match read_line(&sched_ext.join("root/ops")) {
-        Ok(name) => bail!(
-            "sched_ext scheduler {name} is loaded already (state {state}); stop that one first"
-        ),
-        Err(_) => bail!(
-            "another sched_ext scheduler is loaded already (state {state}); stop that one first"
-        ),
+        Ok(name) => {
+            bail!("sched_ext scheduler {name} is loaded already (state {state}); stop that one first")
+        }
+        Err(_) => bail!("another sched_ext scheduler is loaded already (state {state}); stop that one first"),
     }
 }
 
@@ -96,26 +86,16 @@ mod tests {
 
     #[test]
     fn root_may_load_and_others_need_both_capabilities() {
-        assert!(may_load(effective_capabilities(
-            "Name:\tx\nCapEff:\t000001ffffffffff\n"
-        )));
+        assert!(may_load(effective_capabilities("Name:\tx\nCapEff:\t000001ffffffffff\n")));
         assert!(may_load(1 << CAP_BPF | 1 << CAP_PERFMON));
         assert!(!may_load(1 << CAP_BPF));
-        assert!(!may_load(effective_capabilities(
-            "CapEff:\t0000000000000000\n"
-        )));
+        assert!(!may_load(effective_capabilities("CapEff:\t0000000000000000\n")));
         assert!(!may_load(effective_capabilities("")));
     }
 
     #[test]
     fn releases_are_compared_by_number() {
-        for release in [
-            "6.12.107",
-            "6.18.15+deb13-cloud-amd64",
-            "7.0",
-            "10.1.0",
-            "weird",
-        ] {
+        for release in ["6.12.107", "6.18.15+deb13-cloud-amd64", "7.0", "10.1.0", "weird"] {
             assert!(new_enough(release), "{release}");
         }
         for release in ["6.9.1", "6.1.0-40-amd64", "5.15.0", "6.11-rc7"] {

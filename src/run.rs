@@ -24,13 +24,8 @@ use crate::serve::{Service, Stop, open_files};
 use crate::socket;
 
 /// What is passed on to the command, and what tells its end.
-const SIGNALS: [Signal; 5] = [
-    Signal::SIGINT,
-    Signal::SIGTERM,
-    Signal::SIGHUP,
-    Signal::SIGQUIT,
-    Signal::SIGCHLD,
-];
+const SIGNALS: [Signal; 5] =
+    [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGCHLD];
 
 // As a shell does.
 const NOT_EXECUTABLE: u8 = 126;
@@ -89,10 +84,7 @@ fn not_run(command: &[OsString], error: io::Error) -> Result<u8> {
         }
         Some(_) => NOT_EXECUTABLE,
     };
-    let name = command
-        .first()
-        .map(|name| name.to_string_lossy().into_owned())
-        .unwrap_or_default();
+    let name = command.first().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     crate::complain(
         &anyhow::Error::new(error).context(format!("cannot run {name}; check its name and PATH")),
     );
@@ -132,9 +124,7 @@ fn wait(child: &mut Child, signals: &SignalFd) -> Result<ExitStatus> {
 
 /// A shell's `$?`.
 fn exit_status(status: ExitStatus) -> u8 {
-    let number = status
-        .code()
-        .unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+    let number = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
     number as u8 // wait(2) gives 8 bits of status, or a signal below 65
 }
 
@@ -147,18 +137,12 @@ impl PrivateDir {
         let usual = socket::create_parent(socket).ok().and(socket.parent());
         let made = usual
             .and_then(|dir| mkdtemp(&dir.join("run.XXXXXX")).ok())
-            .map_or_else(
-                || mkdtemp(&std::env::temp_dir().join("scx_umcg.XXXXXX")),
-                Ok,
-            )
+            .map_or_else(|| mkdtemp(&std::env::temp_dir().join("scx_umcg.XXXXXX")), Ok)
             .context("cannot create a directory for the socket; name one with --socket")?;
         let dir = Self(made);
         // The command may change its user; who may connect is the socket's affair.
         fs::set_permissions(&dir.0, Permissions::from_mode(0o755)).with_context(|| {
-            format!(
-                "cannot open {} to others; name a place with --socket",
-                dir.0.display()
-            )
+            format!("cannot open {} to others; name a place with --socket", dir.0.display())
         })?;
         Ok(dir)
     }
@@ -183,11 +167,7 @@ mod tests {
         assert_eq!(status(3 << 8), 3);
         assert_eq!(status(255 << 8), 255);
         assert_eq!(status(Signal::SIGTERM as i32), 143);
-        assert_eq!(
-            status(Signal::SIGSEGV as i32 | 0x80),
-            139,
-            "with a core dump"
-        );
+        assert_eq!(status(Signal::SIGSEGV as i32 | 0x80), 139, "with a core dump");
     }
 
     #[test]

@@ -6,17 +6,13 @@ use std::mem::{MaybeUninit, offset_of, size_of};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use anyhow::{Context, Result};
-use libbpf_rs::{
-    Link, MapCore, MapFlags, MapHandle, MapType, OpenObject, PrintLevel, ProgramInput,
-};
+use libbpf_rs::{Link, MapCore, MapFlags, MapHandle, MapType, OpenObject, PrintLevel, ProgramInput};
 use nix::errno::Errno;
 use scx_utils::{compat, scx_ops_attach, scx_ops_load, scx_ops_open, uei_exited, uei_report};
 
 use crate::args::LoadArgs;
 use crate::bytes::Bytes;
-use crate::shared_abi::{
-    UMCG_ADMIN_CLOSE, UMCG_ADMIN_OPEN, umcg_admin_args, umcg_cell, umcg_stats,
-};
+use crate::shared_abi::{UMCG_ADMIN_CLOSE, UMCG_ADMIN_OPEN, umcg_admin_args, umcg_cell, umcg_stats};
 use crate::skeleton::{BpfSkel, BpfSkelBuilder, types};
 
 /// The details are in libbpf's own messages.
@@ -43,11 +39,7 @@ impl<'obj> Scheduler<'obj> {
             ops.flags |= *compat::SCX_OPS_SWITCH_PARTIAL;
         }
 
-        let rodata = skel
-            .maps
-            .rodata_data
-            .as_mut()
-            .context("BPF object has no .rodata; rebuild scx_umcg")?;
+        let rodata = skel.maps.rodata_data.as_mut().context("BPF object has no .rodata; rebuild scx_umcg")?;
         rodata.partial_mode = args.partial;
         rodata.max_domains = args.max_domains;
         rodata.max_slots = args.max_tasks;
@@ -113,11 +105,7 @@ impl<'obj> Scheduler<'obj> {
 
     /// Ends domain number `domain`; `EBUSY` while it has tasks.
     pub(crate) fn close_domain(&self, domain: u32) -> Result<(), Errno> {
-        self.admin(umcg_admin_args {
-            op: UMCG_ADMIN_CLOSE,
-            domain,
-            ..Default::default()
-        })?;
+        self.admin(umcg_admin_args { op: UMCG_ADMIN_CLOSE, domain, ..Default::default() })?;
         self.forget_map(domain);
         Ok(())
     }
@@ -130,15 +118,8 @@ impl<'obj> Scheduler<'obj> {
 
     fn admin(&self, mut args: umcg_admin_args) -> Result<(), Errno> {
         // The kernel copies the arguments back to where they came from; it refuses an output context.
-        let input = ProgramInput {
-            context_in: Some(args.as_bytes_mut()),
-            ..Default::default()
-        };
-        self.skel
-            .progs
-            .umcg_admin
-            .test_run(input)
-            .map_err(out_of_room)?;
+        let input = ProgramInput { context_in: Some(args.as_bytes_mut()), ..Default::default() };
+        self.skel.progs.umcg_admin.test_run(input).map_err(out_of_room)?;
         match args.result {
             0 => Ok(()),
             error => Err(Errno::from_raw(-error)),
@@ -153,24 +134,15 @@ impl<'obj> Scheduler<'obj> {
             .stats
             .lookup_percpu(&0u32.to_ne_bytes(), MapFlags::ANY)?
             .context("the BPF side has no counters; rebuild scx_umcg")?;
-        Ok(per_cpu
-            .iter()
-            .filter_map(|bytes| umcg_stats::from_bytes(bytes))
-            .fold(umcg_stats::default(), add))
+        Ok(per_cpu.iter().filter_map(|bytes| umcg_stats::from_bytes(bytes)).fold(umcg_stats::default(), add))
     }
 
     /// How many tasks are registered in domain number `domain`.
     pub(crate) fn nr_tasks(&self, domain: u32) -> Result<u32> {
         const AT: usize = offset_of!(types::umcg_domain, nr_tasks);
-        let state = self
-            .skel
-            .maps
-            .domain_states
-            .lookup(&domain.to_ne_bytes(), MapFlags::ANY)?;
+        let state = self.skel.maps.domain_states.lookup(&domain.to_ne_bytes(), MapFlags::ANY)?;
         let field = state.as_deref().and_then(|bytes| bytes[AT..].first_chunk());
-        Ok(u32::from_ne_bytes(*field.context(
-            "the BPF side does not know that domain; rebuild scx_umcg",
-        )?))
+        Ok(u32::from_ne_bytes(*field.context("the BPF side does not know that domain; rebuild scx_umcg")?))
     }
 }
 

@@ -108,9 +108,7 @@ impl<'obj> Service<'obj> {
             readers: Socket::bind(&stats_path(path), SockType::Stream, group)?,
             clients: Socket::bind(path, SockType::SeqPacket, group)?,
         };
-        let stats_interval = args
-            .stats
-            .map(|seconds| Duration::from_secs(seconds.into()));
+        let stats_interval = args.stats.map(|seconds| Duration::from_secs(seconds.into()));
         log::info!("serving on {}", path.display());
         Ok(Self {
             scheduler,
@@ -135,9 +133,7 @@ impl<'obj> Service<'obj> {
             for source in self.ready(signals)? {
                 match source {
                     Source::Signals => {
-                        while let Some(signal) =
-                            signals.read_signal().context("cannot read signals")?
-                        {
+                        while let Some(signal) = signals.read_signal().context("cannot read signals")? {
                             if let Some(answer) = on_signal(&signal)? {
                                 return Ok(Stop::Signal(answer));
                             }
@@ -164,9 +160,9 @@ impl<'obj> Service<'obj> {
         }
         self.greeters.clear();
         self.readers.clear();
-        // Before the threads are let go: a client that finds itself free then knows why.
-        self.domains.end_epoch();
         self.scheduler.detach();
+        // The BPF side has done so when it stopped; not before, or clients would act while it still does.
+        self.domains.end_epoch();
     }
 
     /// Stops, and prints why the scheduler has exited.
@@ -207,21 +203,13 @@ impl<'obj> Service<'obj> {
             watched.push((Source::Reader(id), reader.as_fd(), input));
         }
 
-        let mut fds: Vec<_> = watched
-            .iter()
-            .map(|&(_, fd, events)| PollFd::new(fd, events))
-            .collect();
+        let mut fds: Vec<_> = watched.iter().map(|&(_, fd, events)| PollFd::new(fd, events)).collect();
         match poll(&mut fds, PollTimeout::from(TICK_MS)) {
             Err(Errno::EINTR) => return Ok(Vec::new()),
             result => result.context("cannot poll; lower --max-domains")?,
         };
         let ready = |fd: &PollFd| fd.revents().is_none_or(|events| !events.is_empty());
-        Ok(watched
-            .iter()
-            .zip(&fds)
-            .filter(|(_, fd)| ready(fd))
-            .map(|(&(source, ..), _)| source)
-            .collect())
+        Ok(watched.iter().zip(&fds).filter(|(_, fd)| ready(fd)).map(|(&(source, ..), _)| source).collect())
     }
 
     /// What is due without any descriptor's saying so.
@@ -240,22 +228,12 @@ impl<'obj> Service<'obj> {
 
     fn accept_clients(&mut self) {
         for _ in 0..ACCEPT_BATCH {
-            let Some(connection) = self
-                .sockets
-                .as_ref()
-                .and_then(|sockets| accept(&sockets.clients))
-            else {
+            let Some(connection) = self.sockets.as_ref().and_then(|sockets| accept(&sockets.clients)) else {
                 return;
             };
             self.arrivals += 1;
             let deadline = Instant::now() + HELLO_TIMEOUT;
-            self.greeters.insert(
-                self.arrivals,
-                Greeter {
-                    connection: connection.into(),
-                    deadline,
-                },
-            );
+            self.greeters.insert(self.arrivals, Greeter { connection: connection.into(), deadline });
             // Its hello may have come along; so a flood of silent clients cannot crowd out one that speaks.
             self.greet(self.arrivals);
             if self.greeters.len() > MAX_GREETERS {
@@ -266,11 +244,7 @@ impl<'obj> Service<'obj> {
 
     fn accept_readers(&mut self) {
         for _ in 0..ACCEPT_BATCH {
-            let Some(stream) = self
-                .sockets
-                .as_ref()
-                .and_then(|sockets| accept(&sockets.readers))
-            else {
+            let Some(stream) = self.sockets.as_ref().and_then(|sockets| accept(&sockets.readers)) else {
                 return;
             };
             if let Err(error) = stream.set_nonblocking(true) {
@@ -314,27 +288,13 @@ impl<'obj> Service<'obj> {
             return;
         };
         let sent = getsockopt(&connection, sockopt::PeerPidfd).and_then(|process| {
-            socket::send_welcome(
-                connection.as_fd(),
-                welcome,
-                &[map, self.scheduler.control_program()],
-            )?;
+            socket::send_welcome(connection.as_fd(), welcome, &[map, self.scheduler.control_program()])?;
             Ok(process)
         });
         match sent {
             Ok(process) => {
-                log::debug!(
-                    "domain {number}: {} tasks for {}",
-                    welcome.nr_slots,
-                    peer(&connection)
-                );
-                self.domains.lease(
-                    number,
-                    Lease {
-                        connection,
-                        process,
-                    },
-                );
+                log::debug!("domain {number}: {} tasks for {}", welcome.nr_slots, peer(&connection));
+                self.domains.lease(number, Lease { connection, process });
             }
             Err(error) => log::debug!("domain {number}: its client is gone: {error}"),
         }
@@ -357,12 +317,7 @@ impl<'obj> Service<'obj> {
             nr_domains += 1;
             nr_tasks += u64::from(self.scheduler.nr_tasks(number)?);
         }
-        Ok(Metrics::new(
-            self.partial,
-            nr_domains,
-            nr_tasks,
-            &self.scheduler.counters()?,
-        ))
+        Ok(Metrics::new(self.partial, nr_domains, nr_tasks, &self.scheduler.counters()?))
     }
 }
 
@@ -390,11 +345,8 @@ fn accept(socket: &Socket) -> Option<UnixStream> {
 /// Tells a client why it gets no domain; it may be gone, which is its own affair.
 fn refuse(connection: &OwnedFd, errno: Errno) {
     log::debug!("refused a domain to {}: {errno}", peer(connection));
-    let welcome = umcg_welcome {
-        error: -(errno as i32),
-        abi_version: UMCG_ABI_VERSION,
-        ..Default::default()
-    };
+    let welcome =
+        umcg_welcome { error: -(errno as i32), abi_version: UMCG_ABI_VERSION, ..Default::default() };
     if let Err(error) = socket::send_welcome(connection.as_fd(), &welcome, &[]) {
         log::debug!("it does not know: {error}");
     }
@@ -402,8 +354,6 @@ fn refuse(connection: &OwnedFd, errno: Errno) {
 
 /// The process at the other end, for the log.
 fn peer(connection: &OwnedFd) -> String {
-    getsockopt(connection, sockopt::PeerCredentials).map_or_else(
-        |error| error.to_string(),
-        |peer| format!("pid {} of uid {}", peer.pid(), peer.uid()),
-    )
+    getsockopt(connection, sockopt::PeerCredentials)
+        .map_or_else(|error| error.to_string(), |peer| format!("pid {} of uid {}", peer.pid(), peer.uid()))
 }

@@ -34,6 +34,9 @@ pub const UMCG_MAGIC: u32 = 0x4743_4d55;
 /// Tasks must be SCHED_EXT to be served: the loader runs in partial mode.
 pub const UMCG_DOMAIN_PARTIAL: u32 = 1;
 
+/// In `umcg_call.flags`: the kernel side has not seen this wait yet.
+pub const UMCG_CALL_NEW: u32 = 0x8000_0000;
+
 /// Binds a domain to the calling process.
 pub const UMCG_CTL_ATTACH: u32 = 1;
 /// Registers the calling thread.

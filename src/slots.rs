@@ -18,10 +18,7 @@ pub(crate) struct Slots {
 impl Slots {
     /// All of `1..=nr_slots` free. `nr_slots` is below `u32::MAX`.
     pub(crate) fn new(nr_slots: u32) -> Self {
-        Self {
-            end: nr_slots + 1,
-            taken: Vec::new(),
-        }
+        Self { end: nr_slots + 1, taken: Vec::new() }
     }
 
     /// Takes the first gap that holds `n` slots; `None` if there is none, or `n` is 0.
@@ -73,10 +70,7 @@ mod tests {
     #[test]
     fn the_first_gap_that_is_wide_enough_is_used() {
         let mut slots = Slots::new(10);
-        let ranges: Vec<_> = [2, 3, 2, 3]
-            .iter()
-            .map(|&n| slots.take(n).unwrap())
-            .collect();
+        let ranges: Vec<_> = [2, 3, 2, 3].iter().map(|&n| slots.take(n).unwrap()).collect();
         slots.give_back(&ranges[0]);
         slots.give_back(&ranges[2]);
         assert_eq!(slots.take(3), None, "four are free, but no three in a row");

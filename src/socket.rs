@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, bind, connect,
-    listen, recv, sendmsg, socket,
+    AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, bind, connect, listen,
+    recv, sendmsg, socket,
 };
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Group};
@@ -33,12 +33,7 @@ pub(crate) struct Socket {
 impl Socket {
     /// Binds `path`, for root and the members of `group` only, and listens, without blocking.
     pub(crate) fn bind(path: &Path, socket_type: SockType, group: Gid) -> Result<Self> {
-        let failed = || {
-            format!(
-                "cannot listen on {}; choose another place with --socket",
-                path.display()
-            )
-        };
+        let failed = || format!("cannot listen on {}; choose another place with --socket", path.display());
         let fd = new_socket(socket_type)?;
         let address = address(path)?;
         if check_free(path, socket_type)? {
@@ -52,11 +47,7 @@ impl Socket {
         bound.with_context(failed)?;
         let metadata = fs::symlink_metadata(path).with_context(failed)?;
         let listener = UnixListener::from(fd);
-        let socket = Self {
-            listener,
-            path: path.to_owned(),
-            identity: identity(&metadata),
-        };
+        let socket = Self { listener, path: path.to_owned(), identity: identity(&metadata) };
         lchown(path, None, Some(group.as_raw())).with_context(failed)?;
         listen(&socket.listener, Backlog::MAXCONN).with_context(failed)?;
         Ok(socket)
@@ -65,9 +56,7 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        if fs::symlink_metadata(&self.path)
-            .is_ok_and(|metadata| identity(&metadata) == self.identity)
-        {
+        if fs::symlink_metadata(&self.path).is_ok_and(|metadata| identity(&metadata) == self.identity) {
             // Nothing to be done about a failure: a stale socket is replaced by the next loader.
             let _ = fs::remove_file(&self.path);
         }
@@ -86,10 +75,7 @@ fn new_socket(socket_type: SockType) -> Result<OwnedFd> {
 
 fn address(path: &Path) -> Result<UnixAddr> {
     UnixAddr::new(path).with_context(|| {
-        format!(
-            "cannot use {} as a socket; choose a shorter path with --socket",
-            path.display()
-        )
+        format!("cannot use {} as a socket; choose a shorter path with --socket", path.display())
     })
 }
 
@@ -100,17 +86,13 @@ pub(crate) fn check_free(path: &Path, socket_type: SockType) -> Result<bool> {
         Err(Errno::ENOENT) => Ok(false),
         // Also the answer of anything that is no socket.
         Err(Errno::ECONNREFUSED) => {
-            let stale =
-                fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
+            let stale = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
             ensure!(stale, "{} is not a socket; {ADVICE}", path.display());
             Ok(true)
         }
         // EPROTOTYPE: a listener of another type. EAGAIN: its backlog is full.
         Ok(()) | Err(Errno::EPROTOTYPE | Errno::EAGAIN) => {
-            bail!(
-                "socket {} is taken; stop who listens there, or {ADVICE}",
-                path.display()
-            )
+            bail!("socket {} is taken; stop who listens there, or {ADVICE}", path.display())
         }
         Err(error) => bail!("cannot use {}: {error}; {ADVICE}", path.display()),
     }
@@ -118,10 +100,7 @@ pub(crate) fn check_free(path: &Path, socket_type: SockType) -> Result<bool> {
 
 /// Creates the directory of a socket, open to everybody: the socket itself says who may.
 pub(crate) fn create_parent(path: &Path) -> Result<()> {
-    let Some(dir) = path
-        .parent()
-        .filter(|dir| !dir.as_os_str().is_empty() && !dir.exists())
-    else {
+    let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty() && !dir.exists()) else {
         return Ok(());
     };
     let mode = 0o755;
@@ -130,12 +109,7 @@ pub(crate) fn create_parent(path: &Path) -> Result<()> {
         .mode(mode)
         .create(dir)
         .and_then(|()| fs::set_permissions(dir, Permissions::from_mode(mode))) // whatever the umask
-        .with_context(|| {
-            format!(
-                "cannot create {}; choose another place with --socket",
-                dir.display()
-            )
-        })
+        .with_context(|| format!("cannot create {}; choose another place with --socket", dir.display()))
 }
 
 /// The group called `name`, or with that number; root's by default.
@@ -146,13 +120,11 @@ pub(crate) fn find_group(name: Option<&str>) -> Result<Gid> {
     if let Ok(number) = name.parse() {
         return Ok(Gid::from_raw(number));
     }
-    match Group::from_name(name)
-        .with_context(|| format!("cannot look up group {name}; name it by number"))?
-    {
+    match Group::from_name(name).with_context(|| format!("cannot look up group {name}; name it by number"))? {
         Some(group) => Ok(group.gid),
-        None => bail!(
-            "there is no group {name}; create it with `groupadd {name}`, or name another with --group"
-        ),
+        None => {
+            bail!("there is no group {name}; create it with `groupadd {name}`, or name another with --group")
+        }
     }
 }
 
@@ -189,13 +161,7 @@ pub(crate) fn send_welcome(
     let rights = [ControlMessage::ScmRights(&raw)];
     let control = if raw.is_empty() { &[] } else { &rights[..] };
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-    sendmsg::<UnixAddr>(
-        connection.as_raw_fd(),
-        &[IoSlice::new(welcome.as_bytes())],
-        control,
-        flags,
-        None,
-    )?;
+    sendmsg::<UnixAddr>(connection.as_raw_fd(), &[IoSlice::new(welcome.as_bytes())], control, flags, None)?;
     Ok(())
 }
 
@@ -223,10 +189,7 @@ mod tests {
         let live = bind_packet(&path).unwrap();
         let message = format!("{:#}", bind_packet(&path).unwrap_err());
         assert!(message.contains("is taken; "), "{message}");
-        let message = format!(
-            "{:#}",
-            Socket::bind(&path, SockType::Stream, getgid()).unwrap_err()
-        );
+        let message = format!("{:#}", Socket::bind(&path, SockType::Stream, getgid()).unwrap_err());
         assert!(message.contains("is taken; "), "{message}");
 
         drop(live);
@@ -270,24 +233,17 @@ mod tests {
         assert_eq!(find_group(Some("root")).unwrap(), Gid::from_raw(0));
         assert_eq!(find_group(Some("4711")).unwrap(), Gid::from_raw(4711));
         let message = find_group(Some("no-such-group")).unwrap_err().to_string();
-        assert!(
-            message.starts_with("there is no group no-such-group; "),
-            "{message}"
-        );
+        assert!(message.starts_with("there is no group no-such-group; "), "{message}");
     }
 
     #[test]
     fn only_a_message_of_the_right_length_is_a_hello() {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let (client, server) =
-            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
+        let (client, server) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
         assert!(matches!(receive_hello(server.as_fd()), Greeting::Silence));
         for length in [1, 15, 17, 4000] {
             send(client.as_raw_fd(), &vec![1; length], MsgFlags::empty()).unwrap();
-            assert!(
-                matches!(receive_hello(server.as_fd()), Greeting::Garbage),
-                "{length}"
-            );
+            assert!(matches!(receive_hello(server.as_fd()), Greeting::Garbage), "{length}");
         }
         send(client.as_raw_fd(), &[1; 16], MsgFlags::empty()).unwrap();
         assert!(

@@ -27,10 +27,7 @@ const MAX_REQUEST_BYTES: usize = 4096;
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize, Stats)]
 #[stat(desc = "UMCG scheduler", top, _om_prefix = "umcg_")]
 pub(crate) struct Metrics {
-    #[stat(
-        desc = "full: schedules every thread; partial: only SCHED_EXT threads",
-        _om_skip
-    )]
+    #[stat(desc = "full: schedules every thread; partial: only SCHED_EXT threads", _om_skip)]
     pub(crate) mode: String,
     #[stat(desc = "domains in use, one for each process")]
     pub(crate) nr_domains: u64,
@@ -63,12 +60,7 @@ pub(crate) struct Metrics {
 }
 
 impl Metrics {
-    pub(crate) fn new(
-        partial: bool,
-        nr_domains: u64,
-        nr_tasks: u64,
-        counters: &umcg_stats,
-    ) -> Self {
+    pub(crate) fn new(partial: bool, nr_domains: u64, nr_tasks: u64, counters: &umcg_stats) -> Self {
         Self {
             mode: if partial { "partial" } else { "full" }.into(),
             nr_domains,
@@ -98,11 +90,7 @@ impl Display for Metrics {
                 Value::String(text) => text.clone(),
                 value => value.to_string(),
             };
-            writeln!(
-                f,
-                "{name:>16} {value:>16}  {}",
-                field.attrs.desc.as_deref().unwrap_or("")
-            )?;
+            writeln!(f, "{name:>16} {value:>16}  {}", field.attrs.desc.as_deref().unwrap_or(""))?;
         }
         Ok(())
     }
@@ -126,10 +114,7 @@ pub(crate) struct Reader {
 impl Reader {
     /// `stream` must not block.
     pub(crate) fn new(stream: UnixStream) -> Self {
-        Self {
-            stream,
-            input: Vec::new(),
-        }
+        Self { stream, input: Vec::new() }
     }
 
     /// Answers the requests that have come; whether to keep the connection. A client that asks faster
@@ -190,10 +175,7 @@ fn answer(line: &[u8], metrics: impl Fn() -> Result<Metrics>) -> StatsResponse {
 }
 
 fn response(errno: i32, value: Value) -> StatsResponse {
-    StatsResponse {
-        errno,
-        args: BTreeMap::from([("resp".into(), value)]),
-    }
+    StatsResponse { errno, args: BTreeMap::from([("resp".into(), value)]) }
 }
 
 #[cfg(test)]
@@ -202,15 +184,7 @@ mod tests {
     use std::io::{BufRead, BufReader};
 
     fn metrics() -> Result<Metrics> {
-        Ok(Metrics::new(
-            true,
-            2,
-            3,
-            &umcg_stats {
-                waits: 7,
-                ..Default::default()
-            },
-        ))
+        Ok(Metrics::new(true, 2, 3, &umcg_stats { waits: 7, ..Default::default() }))
     }
 
     fn pair() -> (UnixStream, Reader) {
@@ -222,12 +196,8 @@ mod tests {
     #[test]
     fn the_top_target_is_all_there_is() {
         let top: Metrics =
-            serde_json::from_value(answer(b"{\"req\":\"stats\"}", metrics).args["resp"].clone())
-                .unwrap();
-        assert_eq!(
-            (top.mode.as_str(), top.nr_tasks, top.waits),
-            ("partial", 3, 7)
-        );
+            serde_json::from_value(answer(b"{\"req\":\"stats\"}", metrics).args["resp"].clone()).unwrap();
+        assert_eq!((top.mode.as_str(), top.nr_tasks, top.waits), ("partial", 3, 7));
         let line = br#"{"req":"stats","args":{"target":"other"}}"#;
         assert_eq!(answer(line, metrics).errno, libc::EINVAL);
         assert_eq!(answer(b"\xff\n", metrics).errno, libc::EINVAL);
@@ -246,17 +216,11 @@ mod tests {
         assert!(reader.serve(metrics), "nothing to read yet");
         client.write_all(b"{\"req\":").unwrap();
         assert!(reader.serve(metrics));
-        client
-            .write_all(b"\"stats\"}\n{\"req\":\"stats_meta\"}\n")
-            .unwrap();
+        client.write_all(b"\"stats\"}\n{\"req\":\"stats_meta\"}\n").unwrap();
         assert!(reader.serve(metrics));
         drop(reader);
         let lines: Vec<_> = BufReader::new(client).lines().map(Result::unwrap).collect();
-        assert!(
-            lines.len() == 2
-                && lines[0].contains("\"waits\":7")
-                && lines[1].contains("umcg_wait()")
-        );
+        assert!(lines.len() == 2 && lines[0].contains("\"waits\":7") && lines[1].contains("umcg_wait()"));
     }
 
     #[test]

@@ -32,18 +32,9 @@ pub(crate) fn status(args: &StatusArgs) -> Result<bool> {
         .or_else(|| env::var_os(SOCKET_ENV).map(PathBuf::from))
         .unwrap_or_else(|| DEFAULT_SOCKET.into());
     let metrics = read(&socket)?;
-    let status = Status {
-        serving: metrics.is_some(),
-        socket,
-        metrics,
-    };
-    let text = if args.json {
-        serde_json::to_string(&status)?
-    } else {
-        describe(&status)
-    };
-    writeln!(stdout(), "{}", text.trim_end())
-        .context("cannot write the status; check standard output")?;
+    let status = Status { serving: metrics.is_some(), socket, metrics };
+    let text = if args.json { serde_json::to_string(&status)? } else { describe(&status) };
+    writeln!(stdout(), "{}", text.trim_end()).context("cannot write the status; check standard output")?;
     Ok(status.serving)
 }
 
@@ -57,34 +48,21 @@ fn describe(status: &Status) -> String {
 
 /// The statistics of the loader that listens on `socket`; `None` if there is none.
 fn read(socket: &std::path::Path) -> Result<Option<Metrics>> {
-    let mut client = match StatsClient::new()
-        .set_path(stats_path(socket))
-        .connect(Some(TIMEOUT_MS))
-    {
+    let mut client = match StatsClient::new().set_path(stats_path(socket)).connect(Some(TIMEOUT_MS)) {
         Ok(client) => client,
         Err(error) => return no_connection(error),
     };
-    client
-        .request("stats", Vec::new())
-        .map(Some)
-        .map_err(|error| {
-            anyhow!(
-                "the loader at {} does not answer ({error:#}); start it again",
-                socket.display()
-            )
-        })
+    client.request("stats", Vec::new()).map(Some).map_err(|error| {
+        anyhow!("the loader at {} does not answer ({error:#}); start it again", socket.display())
+    })
 }
 
 /// Tells a loader that is not there from one that is out of reach.
 fn no_connection(error: anyhow::Error) -> Result<Option<Metrics>> {
-    match error
-        .downcast_ref::<std::io::Error>()
-        .map(std::io::Error::kind)
-    {
+    match error.downcast_ref::<std::io::Error>().map(std::io::Error::kind) {
         Some(ErrorKind::NotFound | ErrorKind::ConnectionRefused) => Ok(None),
         Some(ErrorKind::PermissionDenied) => {
-            Err(error
-                .context("may not ask the loader; be root, or in the group it was started with"))
+            Err(error.context("may not ask the loader; be root, or in the group it was started with"))
         }
         _ => Err(error.context("cannot ask the loader; check --socket")),
     }
@@ -101,24 +79,10 @@ mod tests {
 
     #[test]
     fn json_has_the_same_keys_for_everybody() {
-        let status = Status {
-            serving: false,
-            socket: "/s".into(),
-            metrics: None,
-        };
-        assert_eq!(
-            serde_json::to_string(&status).unwrap(),
-            r#"{"serving":false,"socket":"/s"}"#
-        );
-        let status = Status {
-            serving: true,
-            metrics: Some(Metrics::default()),
-            ..status
-        };
+        let status = Status { serving: false, socket: "/s".into(), metrics: None };
+        assert_eq!(serde_json::to_string(&status).unwrap(), r#"{"serving":false,"socket":"/s"}"#);
+        let status = Status { serving: true, metrics: Some(Metrics::default()), ..status };
         let json = serde_json::to_value(&status).unwrap();
-        assert_eq!(
-            (&json["serving"], &json["waits"]),
-            (&true.into(), &0.into())
-        );
+        assert_eq!((&json["serving"], &json["waits"]), (&true.into(), &0.into()));
     }
 }

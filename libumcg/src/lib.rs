@@ -26,11 +26,7 @@ fn answer(call: impl FnOnce() -> Result<(), Errno> + std::panic::UnwindSafe) -> 
 ///
 /// `socket` is null or a string.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn umcg_open(
-    socket: *const c_char,
-    max_tasks: c_uint,
-    flags: c_uint,
-) -> c_int {
+pub unsafe extern "C" fn umcg_open(socket: *const c_char, max_tasks: c_uint, flags: c_uint) -> c_int {
     // SAFETY: not null, so the caller's promise is that it is a string, until we return.
     let socket = (!socket.is_null()).then(|| unsafe { CStr::from_ptr(socket) });
     let socket = socket.map(|path| Path::new(OsStr::from_bytes(path.to_bytes())));

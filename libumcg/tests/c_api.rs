@@ -34,14 +34,7 @@ fn smoke(name: &str, compiler: &str, flags: &[&str], library: &[&str]) {
     let dir = library_dir();
     run(Command::new(compiler)
         .args(flags)
-        .args([
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            "-Wpedantic",
-            "-pthread",
-            "-I",
-        ])
+        .args(["-Wall", "-Wextra", "-Werror", "-Wpedantic", "-pthread", "-I"])
         .arg(manifest.join("../include"))
         .arg(manifest.join("tests/smoke.c"))
         .args(["-x", "none", "-o"])
@@ -58,11 +51,7 @@ fn library_alias(dir: &Path) -> PathBuf {
     std::fs::create_dir_all(&alias).expect("target is writable");
     let link = alias.join("libumcg.so.0");
     let made = std::os::unix::fs::symlink(dir.join("libumcg.so"), &link);
-    assert!(
-        made.is_ok() || link.exists(),
-        "cannot link {}",
-        link.display()
-    );
+    assert!(made.is_ok() || link.exists(), "cannot link {}", link.display());
     alias
 }
 
@@ -74,32 +63,19 @@ fn a_c_program_works_with_the_shared_library() {
 #[test]
 fn a_c_program_works_with_the_static_library() {
     let archive = ["-l:libumcg.a", "-ldl", "-lm"];
-    smoke(
-        "smoke-static",
-        "cc",
-        &["-std=c11", "-D_GNU_SOURCE"],
-        &archive,
-    );
+    smoke("smoke-static", "cc", &["-std=c11", "-D_GNU_SOURCE"], &archive);
 }
 
 #[test]
 fn a_cpp_program_works_with_the_shared_library() {
-    let cpp = [
-        "-x",
-        "c++",
-        "-std=c++17",
-        "-D_GNU_SOURCE",
-        "-Wno-old-style-cast",
-    ];
+    let cpp = ["-x", "c++", "-std=c++17", "-D_GNU_SOURCE", "-Wno-old-style-cast"];
     smoke("smoke-cpp", "c++", &cpp, &["-lumcg"]);
 }
 
 #[test]
 fn the_shared_library_exports_the_calls_and_nothing_else() {
     let library = library_dir().join("libumcg.so");
-    let output = run(Command::new("nm")
-        .args(["-D", "--defined-only", "-f", "just-symbols"])
-        .arg(library));
+    let output = run(Command::new("nm").args(["-D", "--defined-only", "-f", "just-symbols"]).arg(library));
     let symbols = String::from_utf8(output.stdout).expect("symbols are ASCII");
     let mut symbols: Vec<&str> = symbols.lines().collect();
     symbols.sort_unstable();

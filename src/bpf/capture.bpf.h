@@ -34,36 +34,48 @@ static __always_inline bool task_is_dying(const struct task_struct *p)
 	return p->flags & PF_EXITING || p->pending.signal.sig[0] & SIGKILL_BIT;
 }
 
-static __always_inline bool wants_preemption(const struct umcg_slot *slot)
+/* Exactly what worker_preempted() will find, or the task would be interrupted for ever and never stop. */
+static __always_inline bool wants_preemption(const struct umcg_slot *slot, u32 nr)
 {
+	struct umcg_slot *host;
 	struct umcg_cell *cell;
+	u32 status;
 
-	if (UMCG_LOAD(&slot->state) != UMCG_ACTIVE || !UMCG_LOAD(&slot->host))
+	if (UMCG_LOAD(&slot->state) != UMCG_ACTIVE)
+		return false;
+	host = slot_at(slot->host);
+	if (!host || host->serving != nr)
 		return false;
 	cell = cell_at(slot->domain, slot->cell);
-	return cell && UMCG_LOAD(&cell->task.umcg_status) & UMCG_TF_PREEMPT;
+	if (!cell)
+		return false;
+	status = UMCG_LOAD(&cell->task.umcg_status);
+	return (status & (UMCG_STATE_MASK | UMCG_TF_PREEMPT)) == (UMCG_STATE_RUNNING | UMCG_TF_PREEMPT);
 }
 
-/* At the boundary to user code: is it to stop there? */
-static __always_inline bool wants_capture(const struct umcg_slot *slot)
+/* At the boundary to user code: is it to stop there? A server that was let go for a signal is to run its handler. */
+static __always_inline bool wants_capture(const struct umcg_slot *slot, u32 nr)
 {
 	u32 state = UMCG_LOAD(&slot->state);
 
-	return state == UMCG_BLOCKED || (state == UMCG_WAITING && !custody_is_held(&slot->custody)) ||
-	       wants_preemption(slot);
+	if (state == UMCG_WAITING)
+		return !slot->is_server && !custody_is_held(&slot->custody);
+	return state == UMCG_BLOCKED || wants_preemption(slot, nr);
 }
 
 /* Under the lock. True if a block ended here. */
 static __always_inline bool capture_locked(struct umcg_ref *self, struct umcg_ref *server, u64 now_ns,
 					   struct umcg_released *released)
 {
-	if (self->slot->state == UMCG_WAITING && !ref_is_server(self))
+	if (self->slot->state == UMCG_WAITING && !self->slot->is_server)
 		custody_hold(&self->slot->custody);
 	if (self->slot->state != UMCG_BLOCKED)
 		return false;
 	status_show(&self->cell->task.umcg_status, UMCG_STATE_RUNNABLE);
 	self->cell->task.umcg_runnable_ts = now_ns;
 	self->slot->captured = true;
+	self->slot->is_server = false;
+	self->slot->deadline_ns = 0;
 	stop(self, UMCG_WAITING);
 	if (!server->slot)
 		return true; /* gone: held until it names a living one and is kicked */
@@ -115,7 +127,8 @@ static __always_inline void capture(struct task_struct *p, u32 nr, struct umcg_r
 SEC("tp_btf/rseq_update")
 int BPF_PROG(umcg_rseq_update, struct task_struct *p)
 {
-	struct umcg_slot *slot = slot_at(slot_of(p));
+	u32 nr = slot_of(p);
+	struct umcg_slot *slot = slot_at(nr);
 
 	if (!slot)
 		return 0;
@@ -123,7 +136,7 @@ int BPF_PROG(umcg_rseq_update, struct task_struct *p)
 		slot->in_handler = false;
 		return 0;
 	}
-	if (wants_capture(slot)) {
+	if (wants_capture(slot, nr)) {
 		slot->at_boundary = true;
 		scx_bpf_kick_cpu(bpf_get_smp_processor_id(), SCX_KICK_PREEMPT);
 	}
@@ -146,9 +159,10 @@ static __always_inline bool tick_hit_user(void)
 
 static __always_inline void preempt_at_tick(struct task_struct *p)
 {
-	struct umcg_slot *slot = slot_at(slot_of(p));
+	u32 nr = slot_of(p);
+	struct umcg_slot *slot = slot_at(nr);
 
-	if (!slot || !wants_preemption(slot) || !tick_hit_user())
+	if (!slot || !wants_preemption(slot, nr) || !tick_hit_user())
 		return;
 	slot->at_boundary = true;
 	scx_bpf_task_set_slice(p, 0);

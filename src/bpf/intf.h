@@ -25,10 +25,17 @@
 
 #define UMCG_MAGIC 0x47434d55U /* "UMCG" */
 
+/*
+ * In umcg_call.flags: the kernel side has not seen this umcg_wait() yet. The library sets it, the kernel side clears
+ * it when it reads the flags. If the scheduler goes away, the library knows by it whether the wait's first step (to
+ * switch, to tell a server) is still to be done, and is not done twice.
+ */
+#define UMCG_CALL_NEW 0x80000000U
+
 /* The library's to the kernel side and back, for the umcg_wait() in progress. */
 struct umcg_call {
 	uint64_t timeout_ns; /* written by the library */
-	uint32_t flags;	     /* written by the library: UMCG_WAIT_* */
+	uint32_t flags;	     /* UMCG_WAIT_* and UMCG_CALL_NEW: written by the library; 0 once the kernel side has read it */
 	int32_t result;	     /* written by the kernel side: 0 or -errno; the library zeroes it first */
 	uint64_t reserved[6];
 };

@@ -43,9 +43,11 @@ struct umcg_slot {
 	u32 domain;	 /* constant while registered, like all below up to addr */
 	u32 cell;
 	u32 tid;	 /* in the process's own pid namespace */
+	u32 listed_on;	 /* tid of the server on whose runnable list it was put since it last ran, else 0; under the lock */
 	u64 addr;	 /* of the struct umcg_task in the process */
 	u64 since_ns;	 /* when it was blocked, or captured: for the statistics; under the lock */
 	u32 rounds;	 /* of the sweep since it was parked or released; a lost update costs a round */
+	bool is_server;	 /* as it named its server when it registered or last waited; under the lock */
 	bool asleep;	 /* went to sleep in a state that does not show it; under the lock */
 	bool at_boundary; /* about to return to user code: written on the task's own CPU only */
 	bool in_handler;  /* the next rseq update belongs to the delivery of a signal; likewise */
@@ -55,15 +57,16 @@ struct umcg_slot {
 /* Kernel side of one domain. */
 struct umcg_domain {
 	struct bpf_spin_lock lock;
-	u32 tgid;	/* the process that attached, else 0; in the initial pid namespace */
+	u32 tgid;	/* the process that attached, else 0; in the initial pid namespace; under the lock, like all below */
 	u32 first_slot; /* 0: not in use */
 	u32 nr_slots;
-	u32 nr_tasks;	/* atomics */
+	u32 nr_tasks;
 	u64 nonce;	/* what ATTACH must know; 0 once it is used */
 };
 
 struct umcg_task_ctx {
 	u32 slot; /* 0: not registered */
+	bool owns_domain; /* of a thread group's leader: signals for the process matter */
 };
 
 /* Hand-over between the callbacks of one schedule() on one CPU, which holds the run queue's lock. */
@@ -185,6 +188,9 @@ static __always_inline struct umcg_cell *cell_at(u32 domain, u32 cell)
 
 	return map ? bpf_map_lookup_elem(map, &cell) : NULL;
 }
+
+/* How often a look-up is repeated that the lock then shows to be outdated; each takes a race of its own. */
+#define UMCG_LOOK_UPS 2
 
 /* A registered task as everything below handles it: our side, the shared side, and its number. */
 struct umcg_ref {

@@ -14,6 +14,16 @@
 
 #define SHARED_DSQ 0
 #define WEIGHT_DEFAULT 100
+/* The lightest tasks pay a hundredfold; what they owe is bounded, or the watchdog finds them before their turn comes. */
+#define MAX_SLICES_AHEAD 50
+
+/* For a task that was just queued: @p's CPU may be about to idle, and is not idle yet to scx_bpf_pick_idle_cpu(). */
+static __always_inline void wake_cpu_for(struct task_struct *p)
+{
+	s32 cpu = scx_bpf_pick_idle_cpu(p->cpus_ptr, 0);
+
+	scx_bpf_kick_cpu(cpu >= 0 ? cpu : scx_bpf_task_cpu(p), SCX_KICK_IDLE);
+}
 
 /* The virtual time of the queue: that of the task that started last. */
 u64 vtime_now;
@@ -23,20 +33,29 @@ static __always_inline bool vtime_before(u64 a, u64 b)
 	return (s64)(a - b) < 0;
 }
 
-static __always_inline void policy_enqueue(struct task_struct *p, u64 enq_flags)
+static __always_inline void insert_shared(struct task_struct *p, u64 enq_flags)
 {
 	u64 vtime = p->scx.dsq_vtime;
 
-	/* The core keeps nothing running by itself (SCX_OPS_ENQ_LAST), and a kernel thread of one CPU is short
-	 * and urgent. */
-	if (enq_flags & SCX_ENQ_LAST || (p->flags & PF_KTHREAD && p->nr_cpus_allowed == 1)) {
-		scx_bpf_dsq_insert(p, SCX_DSQ_LOCAL, slice_ns, enq_flags);
-		return;
-	}
 	/* Who slept for long may claim one slice of it, no more. */
 	if (vtime_before(vtime, vtime_now - slice_ns))
 		vtime = vtime_now - slice_ns;
 	scx_bpf_dsq_insert_vtime(p, SHARED_DSQ, slice_ns, vtime, enq_flags);
+}
+
+static __always_inline void policy_enqueue(struct task_struct *p, u64 enq_flags)
+{
+	/* A kernel thread of one CPU is short and urgent. */
+	if (p->flags & PF_KTHREAD && p->nr_cpus_allowed == 1) {
+		scx_bpf_dsq_insert(p, SCX_DSQ_LOCAL, slice_ns, enq_flags);
+		return;
+	}
+	insert_shared(p, enq_flags);
+	/* With SCX_ENQ_LAST the CPU is on its way to idle and looks no more; a task that wakes has had its CPU chosen. */
+	if (enq_flags & SCX_ENQ_LAST)
+		scx_bpf_kick_cpu(scx_bpf_task_cpu(p), 0);
+	else if (!(enq_flags & SCX_ENQ_WAKEUP))
+		wake_cpu_for(p);
 }
 
 static __always_inline s32 policy_select_cpu(struct task_struct *p, s32 prev_cpu, u64 wake_flags)
@@ -75,12 +94,15 @@ static __always_inline void policy_running(struct task_struct *p)
 static __always_inline void policy_stopping(struct task_struct *p)
 {
 	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
-	u64 used_ns;
+	u64 used_ns, vtime;
 
 	if (!cctx)
 		return;
 	used_ns = p->se.sum_exec_runtime - cctx->exec_start;
-	scx_bpf_task_set_dsq_vtime(p, p->scx.dsq_vtime + used_ns * WEIGHT_DEFAULT / p->scx.weight);
+	vtime = p->scx.dsq_vtime + used_ns * WEIGHT_DEFAULT / p->scx.weight;
+	if (vtime_before(vtime_now + MAX_SLICES_AHEAD * slice_ns, vtime))
+		vtime = vtime_now + MAX_SLICES_AHEAD * slice_ns;
+	scx_bpf_task_set_dsq_vtime(p, vtime);
 }
 
 #endif /* UMCG_POLICY_BPF_H */

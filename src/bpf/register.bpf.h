@@ -34,6 +34,18 @@ static __always_inline struct umcg_domain *own_domain(u32 nr, struct task_struct
 	return domain && domain->first_slot && domain->tgid == p->tgid ? domain : NULL;
 }
 
+/* So that a signal for this process is known to matter: see umcg_signal_generate. */
+static __always_inline void mark_owner(struct task_struct *p)
+{
+	struct umcg_task_ctx *leader;
+
+	bpf_rcu_read_lock();
+	leader = bpf_task_storage_get(&task_ctxs, p->group_leader, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	if (leader)
+		leader->owns_domain = true;
+	bpf_rcu_read_unlock();
+}
+
 static int ctl_attach(struct umcg_ctl_args *args, struct task_struct *p)
 {
 	struct umcg_domain *domain = domain_of(args->domain);
@@ -50,13 +62,17 @@ static int ctl_attach(struct umcg_ctl_args *args, struct task_struct *p)
 		ret = 0;
 	}
 	bpf_spin_unlock(&domain->lock);
+	if (!ret)
+		mark_owner(p);
 	return ret;
 }
 
-/* Gives the slot up. Under the lock; the caller drops the reference to the task. */
-static __always_inline void retire_locked(struct umcg_ref *self, struct umcg_ref *host, struct umcg_ref *server,
-					  u64 now_ns, struct umcg_released *released)
+/* Gives the slot up: from here on anybody may claim it. Under the lock. */
+static __always_inline void retire_locked(struct umcg_domain *domain, struct umcg_ref *self,
+					  struct umcg_ref *host, struct umcg_ref *server, u64 now_ns,
+					  struct umcg_released *released)
 {
+	domain->nr_tasks--;
 	set_state(self->slot, UMCG_FREE);
 	status_show(&self->cell->task.umcg_status, UMCG_STATE_NONE);
 	end_serving(self, host, released);
@@ -70,7 +86,7 @@ static __always_inline void retire_locked(struct umcg_ref *self, struct umcg_ref
 }
 
 /* @surprise: it did not unregister; its server learns of it by the runnable list. */
-static __always_inline int retire(struct umcg_task_ctx *tctx, bool surprise)
+static __always_inline int retire_slot(u32 nr, struct umcg_task_ctx *tctx, bool surprise)
 {
 	struct umcg_released released = {};
 	struct umcg_ref self, host, server;
@@ -78,45 +94,54 @@ static __always_inline int retire(struct umcg_task_ctx *tctx, bool surprise)
 	struct umcg_domain *domain;
 	struct task_struct *old;
 	u64 now_ns = bpf_ktime_get_ns();
+	bool again = true;
 	u32 server_tid;
-	int ret = 0;
+	int i;
 
-	if (!ref_get(&self, tctx->slot))
+	if (!ref_get(&self, nr))
 		return -EINVAL;
 	domain = domain_of(self.slot->domain);
 	if (!domain)
 		return -EINVAL;
+	if (!surprise && UMCG_LOAD(&self.slot->serving))
+		return -EBUSY; /* only its own umcg_wait() can change that to yes */
 	key.domain = self.slot->domain;
 	key.tid = self.slot->tid;
 	server_tid = UMCG_LOAD(&self.cell->task.umcg_server_tid);
-	if (!ref_get(&host, self.slot->host))
-		host.slot = NULL;
 	if (!surprise || server_tid == key.tid || !ref_find(&server, key.domain, server_tid) ||
 	    !ref_is_server(&server))
 		server.slot = NULL;
 
-	bpf_spin_lock(&domain->lock);
-	if (server.slot && !ref_is(&server, key.domain, server_tid))
-		server.slot = NULL;
-	if (!surprise && self.slot->serving)
-		ret = -EBUSY;
-	else
-		retire_locked(&self, &host, &server, now_ns, &released);
-	bpf_spin_unlock(&domain->lock);
-	if (ret)
-		return ret;
-
-	tctx->slot = 0;
+	/* Empty it before it is free: the next registration may claim it the moment that it is. */
+	if (tctx)
+		tctx->slot = 0;
 	bpf_map_delete_elem(&tids, &key);
 	old = bpf_kptr_xchg(&self.slot->task, NULL);
-	if (old)
-		bpf_task_release(old);
+	if (!old)
+		return -EINVAL; /* somebody else is at it */
+	bpf_task_release(old);
+
+	for (i = 0; i < UMCG_LOOK_UPS && again; i++) {
+		if (!ref_get(&host, self.slot->host))
+			host.slot = NULL;
+		bpf_spin_lock(&domain->lock);
+		again = self.slot->host != host.nr && i < UMCG_LOOK_UPS - 1;
+		if (server.slot && !ref_is(&server, key.domain, server_tid))
+			server.slot = NULL;
+		if (!again)
+			retire_locked(domain, &self, &host, &server, now_ns, &released);
+		bpf_spin_unlock(&domain->lock);
+	}
 	__sync_fetch_and_add(&nr_registered, -1);
-	__sync_fetch_and_add(&domain->nr_tasks, -1);
 	bpf_rcu_read_lock();
 	queue_released(&released);
 	bpf_rcu_read_unlock();
 	return 0;
+}
+
+static __always_inline int retire(struct umcg_task_ctx *tctx, bool surprise)
+{
+	return retire_slot(tctx->slot, tctx, surprise);
 }
 
 /* What umcg_register() promises to check of the struct; a server comes RUNNING, a worker RUNNABLE. */
@@ -129,13 +154,18 @@ static __always_inline int check_task(const struct umcg_task *task, bool is_serv
 	return state == (is_server ? UMCG_STATE_RUNNING : UMCG_STATE_RUNNABLE) ? 0 : -EINVAL;
 }
 
-static __always_inline int claim_slot(struct umcg_domain *domain, struct umcg_slot *slot, u32 state)
+/* Under the lock all is looked at again: the domain may have been closed, and be another process's by now. */
+static __always_inline int claim_slot(struct umcg_domain *domain, struct umcg_slot *slot, u32 first_slot, u32 tgid,
+				      bool is_server)
 {
 	int ret = -EINVAL;
 
 	bpf_spin_lock(&domain->lock);
-	if (slot->state == UMCG_FREE) {
-		set_state(slot, state);
+	if (domain->tgid == tgid && domain->first_slot == first_slot && slot->state == UMCG_FREE) {
+		domain->nr_tasks++;
+		set_state(slot, is_server ? UMCG_ACTIVE : UMCG_NEW);
+		slot->is_server = is_server;
+		slot->listed_on = 0;
 		slot->host = 0;
 		slot->serving = 0;
 		slot->tid = 0; /* ref_is() nobody yet */
@@ -152,6 +182,7 @@ static __always_inline int claim_slot(struct umcg_domain *domain, struct umcg_sl
 static __always_inline void unclaim_slot(struct umcg_domain *domain, struct umcg_slot *slot)
 {
 	bpf_spin_lock(&domain->lock);
+	domain->nr_tasks--;
 	set_state(slot, UMCG_FREE);
 	bpf_spin_unlock(&domain->lock);
 }
@@ -202,7 +233,7 @@ static int ctl_register(struct umcg_ctl_args *args, struct task_struct *p)
 	struct umcg_domain *domain = own_domain(args->domain, p);
 	struct umcg_task_ctx *tctx = bpf_task_storage_get(&task_ctxs, p, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
 	struct umcg_ref self, server;
-	u32 nr, tid = task_vtid(p), server_tid;
+	u32 nr, tid = task_vtid(p), server_tid, first_slot;
 	bool is_server;
 	int ret;
 
@@ -212,7 +243,8 @@ static int ctl_register(struct umcg_ctl_args *args, struct task_struct *p)
 		return -ENOMEM;
 	if (tctx->slot)
 		return -EEXIST;
-	nr = domain->first_slot + args->slot - 1;
+	first_slot = domain->first_slot;
+	nr = first_slot + args->slot - 1;
 	self.nr = nr;
 	self.slot = slot_at(nr);
 	self.cell = cell_at(args->domain, args->slot);
@@ -229,7 +261,7 @@ static int ctl_register(struct umcg_ctl_args *args, struct task_struct *p)
 	ret = init_timeout(self.slot);
 	if (ret)
 		return ret;
-	ret = claim_slot(domain, self.slot, is_server ? UMCG_ACTIVE : UMCG_NEW);
+	ret = claim_slot(domain, self.slot, first_slot, p->tgid, is_server);
 	if (ret)
 		return ret;
 
@@ -246,7 +278,6 @@ static int ctl_register(struct umcg_ctl_args *args, struct task_struct *p)
 		unclaim_slot(domain, self.slot);
 		return ret;
 	}
-	__sync_fetch_and_add(&domain->nr_tasks, 1);
 	__sync_fetch_and_add(&nr_registered, 1);
 	need_sweep();
 	STAT_INC(registrations);
@@ -262,11 +293,23 @@ static int ctl_unregister(struct task_struct *p)
 	return tctx && tctx->slot ? retire(tctx, false) : -EINVAL;
 }
 
+/* A waiting worker comes on the list, unless it is, or was taken from it: twice would tie the list to itself. */
+static __always_inline void list_again(struct umcg_ref *worker, struct umcg_ref *server,
+				       struct umcg_released *released)
+{
+	if (worker->slot->state != UMCG_WAITING)
+		return;
+	if (worker->slot->listed_on != server->slot->tid)
+		push_runnable(server, worker);
+	tell_server(server, released);
+}
+
 static int ctl_kick(struct umcg_ctl_args *args, struct task_struct *p)
 {
 	struct umcg_domain *domain = own_domain(args->domain, p);
 	struct umcg_released released = {};
 	struct umcg_ref task, server;
+	int ret = -ESRCH;
 	u32 server_tid;
 
 	if (!domain || !ref_find(&task, args->domain, args->tid))
@@ -277,17 +320,18 @@ static int ctl_kick(struct umcg_ctl_args *args, struct task_struct *p)
 	STAT_INC(kicks);
 
 	bpf_spin_lock(&domain->lock);
-	if (server_tid == args->tid) {
-		tell_server(&task, &released);
-	} else if (server.slot && task.slot->state == UMCG_WAITING) {
-		push_runnable(&server, &task);
-		tell_server(&server, &released);
+	if (ref_is(&task, args->domain, args->tid)) {
+		ret = 0;
+		if (server_tid == args->tid)
+			tell_server(&task, &released);
+		else if (server.slot && ref_is(&server, args->domain, server_tid))
+			list_again(&task, &server, &released);
 	}
 	bpf_spin_unlock(&domain->lock);
 	bpf_rcu_read_lock();
 	queue_released(&released);
 	bpf_rcu_read_unlock();
-	return 0;
+	return ret;
 }
 
 static int ctl_rseq(struct umcg_ctl_args *args, struct task_struct *p)
@@ -330,13 +374,22 @@ int umcg_ctl(struct umcg_ctl_args *args)
 
 static int admin_open(struct umcg_admin_args *args, struct umcg_domain *domain)
 {
-	if (domain->first_slot)
-		return -EEXIST;
-	domain->tgid = 0;
-	domain->nr_slots = args->nr_slots;
-	domain->nr_tasks = 0;
-	domain->nonce = args->nonce;
-	domain->first_slot = args->first_slot;
+	u32 first_slot = args->first_slot, nr_slots = args->nr_slots;
+	u64 nonce = args->nonce;
+	int ret = -EEXIST;
+
+	bpf_spin_lock(&domain->lock);
+	if (!domain->first_slot) {
+		domain->tgid = 0;
+		domain->nr_slots = nr_slots;
+		domain->nr_tasks = 0;
+		domain->nonce = nonce;
+		domain->first_slot = first_slot;
+		ret = 0;
+	}
+	bpf_spin_unlock(&domain->lock);
+	if (ret)
+		return ret;
 	if (slot_limit < args->first_slot + args->nr_slots)
 		slot_limit = args->first_slot + args->nr_slots;
 	return 0;
@@ -344,12 +397,17 @@ static int admin_open(struct umcg_admin_args *args, struct umcg_domain *domain)
 
 static int admin_close(struct umcg_domain *domain)
 {
+	int ret = 0;
+
+	bpf_spin_lock(&domain->lock);
 	domain->nonce = 0;
 	domain->tgid = 0; /* no registration from here on */
-	if (UMCG_LOAD(&domain->nr_tasks))
-		return -EBUSY;
-	domain->first_slot = 0;
-	return 0;
+	if (domain->nr_tasks)
+		ret = -EBUSY;
+	else
+		domain->first_slot = 0;
+	bpf_spin_unlock(&domain->lock);
+	return ret;
 }
 
 /* The loader's own: its descriptor never leaves it, so its arguments are believed. */

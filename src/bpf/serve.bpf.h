@@ -26,6 +26,7 @@ static __always_inline void push_runnable(struct umcg_ref *server, struct umcg_r
 {
 	list_push(&server->cell->task.umcg_runnable_ptr, &worker->cell->task.umcg_runnable_ptr,
 		  worker->slot->addr);
+	worker->slot->listed_on = server->slot->tid;
 }
 
 static __always_inline void become_running(struct umcg_ref *task, struct umcg_released *released)
@@ -86,6 +87,8 @@ static __always_inline bool worker_preempted(struct umcg_ref *self, struct umcg_
 	task->umcg_runnable_ts = now_ns;
 	self->slot->since_ns = now_ns;
 	self->slot->captured = true;
+	self->slot->is_server = false;
+	self->slot->deadline_ns = 0;
 	stop(self, UMCG_WAITING);
 	push_runnable(host, self);
 	end_serving(self, host, released);

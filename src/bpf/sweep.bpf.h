@@ -48,11 +48,11 @@ static __always_inline void arm_sweep(u64 delay_ns)
 	u32 zero = 0;
 	struct umcg_sweep *sweep = bpf_map_lookup_elem(&sweeps, &zero);
 
-	if (sweep)
-		bpf_timer_start(&sweep->timer, delay_ns, 0);
+	if (!sweep || bpf_timer_start(&sweep->timer, delay_ns, 0))
+		UMCG_XCHG(&sweep_armed, 0); /* whoever needs it next tries again */
 }
 
-/* A task was registered. Pairs with sweep(): it disarms, then looks at nr_registered. */
+/* A task was registered. Pairs with sweep() in reap.bpf.h: it disarms, then looks at nr_registered. */
 static __always_inline void need_sweep(void)
 {
 	if (!UMCG_XCHG(&sweep_armed, 1))
@@ -101,55 +101,6 @@ static __always_inline void sweep_ready(struct umcg_slot *slot, u32 nr)
 	queue_slot(nr);
 }
 
-static __always_inline void sweep_slot(u32 nr)
-{
-	struct umcg_slot *slot = slot_at(nr);
-	struct task_struct *p;
-	u32 custody;
-
-	if (!slot)
-		return;
-	custody = UMCG_LOAD(&slot->custody);
-	if (custody != UMCG_CUSTODY_PARKED && custody != UMCG_CUSTODY_READY)
-		return;
-	p = slot->task;
-	if (!p)
-		return;
-	if (custody == UMCG_CUSTODY_PARKED)
-		sweep_parked(slot, nr, p);
-	else
-		sweep_ready(slot, nr);
-}
-
-static int sweep_one(u32 nr, void *unused)
-{
-	bpf_rcu_read_lock();
-	sweep_slot(nr);
-	bpf_rcu_read_unlock();
-	return 0;
-}
-
-static int sweep(void *map, u32 *key, struct umcg_sweep *timer)
-{
-	bpf_loop(UMCG_LOAD(&slot_limit), sweep_one, NULL, 0);
-	UMCG_XCHG(&sweep_armed, 0);
-	if (UMCG_LOAD(&nr_registered))
-		need_sweep();
-	return 0;
-}
-
-static __always_inline int init_sweep(void)
-{
-	u32 zero = 0;
-	struct umcg_sweep *sweep_timer = bpf_map_lookup_elem(&sweeps, &zero);
-	int err;
-
-	if (!sweep_timer)
-		return -ENOENT;
-	err = bpf_timer_init(&sweep_timer->timer, &sweeps, CLOCK_MONOTONIC);
-	return err ?: bpf_timer_set_callback(&sweep_timer->timer, sweep);
-}
-
 /*
  * A signal: held tasks need not wait for the next round. What passes no tracepoint (exit_group, exec, a core dump,
  * ptrace, the freezer) the next round finds.
@@ -157,7 +108,12 @@ static __always_inline int init_sweep(void)
 SEC("tp_btf/signal_generate")
 int BPF_PROG(umcg_signal_generate, int sig, struct kernel_siginfo *info, struct task_struct *p)
 {
-	if (UMCG_LOAD(&nr_registered))
+	struct umcg_task_ctx *leader;
+
+	if (!UMCG_LOAD(&nr_registered))
+		return 0;
+	leader = bpf_task_storage_get(&task_ctxs, p->group_leader, 0, 0);
+	if (leader && leader->owns_domain)
 		arm_sweep(0);
 	return 0;
 }

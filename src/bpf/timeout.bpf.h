@@ -17,7 +17,7 @@ static int wait_timed_out(void *map, u32 *nr, struct umcg_slot *slot)
 	struct umcg_released released = {};
 	struct umcg_domain *domain;
 	struct umcg_ref self;
-	u64 now_ns = bpf_ktime_get_ns();
+	u64 now_ns = bpf_ktime_get_ns(), early_for = 0;
 
 	if (!ref_get(&self, *nr))
 		return 0;
@@ -25,13 +25,18 @@ static int wait_timed_out(void *map, u32 *nr, struct umcg_slot *slot)
 	if (!domain)
 		return 0;
 	bpf_spin_lock(&domain->lock);
-	if ((self.slot->state == UMCG_WAITING || self.slot->state == UMCG_SERVING) && self.slot->deadline_ns &&
-	    self.slot->deadline_ns <= now_ns) {
+	if (self.slot->state != UMCG_WAITING && self.slot->state != UMCG_SERVING) {
+		/* nobody waits any more */
+	} else if (self.slot->deadline_ns > now_ns) {
+		early_for = self.slot->deadline_ns; /* a later wait, or our clock lags a little behind the timer's */
+	} else if (self.slot->deadline_ns) {
 		self.slot->deadline_ns = 0;
 		self.cell->call.result = -ETIMEDOUT;
 		become_running(&self, &released); /* one that serves stays serving */
 	}
 	bpf_spin_unlock(&domain->lock);
+	if (early_for)
+		bpf_timer_start(&slot->timer, early_for, BPF_F_TIMER_ABS);
 	bpf_rcu_read_lock();
 	queue_released(&released);
 	bpf_rcu_read_unlock();

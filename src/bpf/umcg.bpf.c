@@ -32,6 +32,7 @@
 #include "block.bpf.h"
 #include "capture.bpf.h"
 #include "policy.bpf.h"
+#include "reap.bpf.h"
 #include "register.bpf.h"
 #include "sweep.bpf.h"
 #include "wait.bpf.h"
@@ -76,6 +77,7 @@ static __always_inline bool hold_registered(struct task_struct *p, u32 nr)
 	}
 	queue_unasked_next();
 	slot->rounds = 0;
+	slot->seen_signals = 0;
 	if (!custody_park(&slot->custody))
 		return false;
 	/* Pairs with the signal code, which marks it dying and then starts the sweep, which looks for parked
@@ -94,22 +96,36 @@ void BPF_STRUCT_OPS(umcg_enqueue, struct task_struct *p, u64 enq_flags)
 	policy_enqueue(p, enq_flags);
 }
 
+/* The core ejects a scheduler that puts a task on the local queue of a CPU where it may not be. */
+static __always_inline bool may_move_to(const struct task_struct *p, s32 cpu)
+{
+	if (scx_bpf_task_cpu(p) == cpu)
+		return true;
+	return bpf_cpumask_test_cpu(cpu, p->cpus_ptr) && !p->migration_disabled;
+}
+
 /* Runs what ops.yield, ops.quiescent or the capture just noted for this CPU. */
 static __always_inline bool run_next(s32 cpu)
 {
 	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
+	struct task_struct *p;
 	u32 nr;
 
 	if (!cctx || !cctx->next)
 		return false;
 	nr = cctx->next;
 	cctx->next = 0;
-	if (burst_is_over(cctx)) {
-		queue_slot(nr);
-		return scx_bpf_dsq_move_to_local(SHARED_DSQ, 0);
+	p = fetch_slot(nr);
+	if (!p)
+		return false;
+	if (burst_is_over(cctx) || !may_move_to(p, cpu)) {
+		insert_shared(p, 0);
+		wake_cpu_for(p);
+		return false;
 	}
-	cctx->handed_over = run_slot(nr, cpu);
-	return cctx->handed_over;
+	scx_bpf_dsq_insert(p, SCX_DSQ_LOCAL, slice_ns, 0);
+	cctx->handed_over = true;
+	return true;
 }
 
 static __always_inline void capture_prev(struct task_struct *prev)
@@ -136,7 +152,10 @@ void BPF_STRUCT_OPS(umcg_dispatch, s32 cpu, struct task_struct *prev)
 	report_bugs();
 	if (prev)
 		capture_prev(prev);
-	if (run_next(cpu) || run_ready(cpu) || scx_bpf_dsq_move_to_local(SHARED_DSQ, 0))
+	if (run_next(cpu))
+		return;
+	drain_ready();
+	if (scx_bpf_dsq_move_to_local(SHARED_DSQ, 0))
 		return;
 	/* Nobody else wants this CPU. */
 	if (prev && prev->scx.flags & SCX_TASK_QUEUED && !is_held(prev))
@@ -174,6 +193,7 @@ void BPF_STRUCT_OPS(umcg_tick, struct task_struct *p)
 
 void BPF_STRUCT_OPS(umcg_running, struct task_struct *p)
 {
+	queue_unasked_next();
 	policy_running(p);
 	guard_held(p);
 }
@@ -196,7 +216,14 @@ void BPF_STRUCT_OPS(umcg_quiescent, struct task_struct *p, u64 deq_flags)
 
 void BPF_STRUCT_OPS(umcg_enable, struct task_struct *p)
 {
+	struct umcg_slot *slot = slot_at(slot_of(p));
+
 	scx_bpf_task_set_dsq_vtime(p, vtime_now);
+	if (!slot)
+		return;
+	/* It comes from another class, where nobody held it; it is held again where that may be. */
+	custody_unhold(&slot->custody);
+	slot->at_boundary = false;
 }
 
 s32 BPF_STRUCT_OPS_SLEEPABLE(umcg_init)

@@ -20,12 +20,13 @@
 struct umcg_wait {
 	struct umcg_ref self;
 	struct umcg_ref host;	   /* of self, if that is a hosted worker */
-	struct umcg_ref server;	   /* that self names, with UMCG_WAIT_ENQUEUE */
+	struct umcg_ref server;	   /* that self names, if it needs one: UMCG_WAIT_ENQUEUE, or no host */
 	struct umcg_ref next;
 	struct umcg_ref next_host; /* of next: it marked itself RUNNABLE and has not waited yet */
 	u32 next_tid;
+	u32 server_tid;
 	u32 flags;
-	u64 now_ns; /* 0: not asked yet */
+	u64 now_ns; /* CLOCK_MONOTONIC if next seems to sleep, else 0 */
 	u64 deadline_ns; /* CLOCK_MONOTONIC, 0 for none */
 	u64 captured_ns; /* when next was captured, else 0 */
 	struct umcg_released released;
@@ -76,6 +77,7 @@ static __always_inline int start_worker(struct umcg_wait *w, struct umcg_ref *ho
 	}
 	if (state != UMCG_ACTIVE)
 		set_state(worker->slot, UMCG_ACTIVE);
+	worker->slot->listed_on = 0;
 	worker->slot->host = host->nr;
 	host->slot->serving = worker->nr;
 	if (custody_release(&worker->slot->custody))
@@ -88,7 +90,7 @@ static __always_inline int start_server(struct umcg_wait *w)
 	struct umcg_ref *server = &w->next;
 	u32 state = server->slot->state;
 
-	if (state != UMCG_WAITING && state != UMCG_ACTIVE)
+	if ((state != UMCG_WAITING && state != UMCG_ACTIVE) || server->slot->serving)
 		return -EBUSY;
 	server->slot->asleep = false; /* a server that sleeps is no business of anybody's */
 	if (!take(server))
@@ -103,6 +105,7 @@ static __always_inline int server_waits(struct umcg_wait *w)
 	struct umcg_ref *self = &w->self;
 	int ret;
 
+	self->slot->is_server = true;
 	self->slot->deadline_ns = w->deadline_ns;
 	if (self->slot->serving) { /* its wait had timed out */
 		if (w->next_tid && w->next.nr != self->slot->serving)
@@ -112,6 +115,7 @@ static __always_inline int server_waits(struct umcg_wait *w)
 		return 0;
 	}
 	if (!w->next_tid) {
+		end_serving(self, &w->host, &w->released); /* it was a worker until now */
 		stop(self, UMCG_WAITING);
 		return 0;
 	}
@@ -121,6 +125,7 @@ static __always_inline int server_waits(struct umcg_wait *w)
 		ret = start_worker(w, self);
 	if (ret < 0)
 		return ret;
+	end_serving(self, &w->host, &w->released);
 	self->cell->task.umcg_next_tid = 0;
 	if (ret == UMCG_STARTED_ASLEEP)
 		status_move(&self->cell->task.umcg_status, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING);
@@ -142,12 +147,18 @@ static __always_inline int worker_waits(struct umcg_wait *w)
 	bool host_waits;
 	int ret = 0;
 
-	if (self->slot->state == UMCG_NEW) { /* inside umcg_register(): nothing to give up yet */
+	self->slot->is_server = false;
+	self->slot->deadline_ns = 0;
+	if (w->flags & UMCG_WAIT_ENQUEUE && !w->server.slot)
+		return -ESRCH;
+	if (!hosted_by(self, &w->host)) { /* its host is gone: another server may take it over */
+		if (!to_host || !w->server.slot)
+			return -ESRCH;
+		self->slot->host = 0;
 		stop(self, UMCG_WAITING);
+		enqueue_self(w, &w->server);
 		return 0;
 	}
-	if (!hosted_by(self, &w->host) || (w->flags & UMCG_WAIT_ENQUEUE && !w->server.slot))
-		return -ESRCH;
 	if (!to_host) {
 		if (ref_is_server(&w->next) || w->next.nr == self->nr)
 			return -EINVAL;
@@ -185,8 +196,20 @@ static __always_inline int wait_locked(struct umcg_wait *w)
 	}
 	if ((UMCG_LOAD(&w->self.cell->task.umcg_status) & UMCG_STATE_MASK) != UMCG_STATE_RUNNABLE)
 		return 0; /* an event made it RUNNING: nothing to wait for */
+	if (self->state == UMCG_NEW) { /* inside umcg_register(): nothing to give up yet, nobody to name */
+		stop(&w->self, UMCG_WAITING);
+		return 0;
+	}
+	if (self->state != UMCG_ACTIVE)
+		return -EAGAIN; /* BLOCKED and not captured: the scheduler is going away, or the program writes what it likes */
+	if (self->host != w->host.nr)
+		return -EAGAIN; /* another server took it over meanwhile */
+	if (w->server.slot && !ref_is(&w->server, self->domain, w->server_tid))
+		w->server.slot = NULL;
 	if (w->next_tid && (!w->next.slot || !ref_is(&w->next, self->domain, w->next_tid)))
 		return -ESRCH;
+	if (w->next_tid && w->next.slot->host != w->next_host.nr)
+		return -EAGAIN;
 	if (ref_is_server(&w->self))
 		return server_waits(w);
 	return worker_waits(w);
@@ -196,8 +219,8 @@ static __always_inline void wait_look_up(struct umcg_wait *w)
 {
 	struct umcg_task *task = &w->self.cell->task;
 	u32 domain = w->self.slot->domain, server_tid = UMCG_LOAD(&task->umcg_server_tid);
-
 	u64 timeout_ns = UMCG_LOAD(&w->self.cell->call.timeout_ns);
+	bool needs_server;
 
 	w->flags = UMCG_LOAD(&w->self.cell->call.flags);
 	if (timeout_ns)
@@ -207,15 +230,20 @@ static __always_inline void wait_look_up(struct umcg_wait *w)
 		w->next_tid = 0; /* a server that names itself idles */
 	if (!ref_get(&w->host, w->self.slot->host))
 		w->host.slot = NULL;
-	if (!(w->flags & UMCG_WAIT_ENQUEUE) || !ref_find(&w->server, domain, server_tid))
+	w->server_tid = server_tid;
+	needs_server = w->flags & UMCG_WAIT_ENQUEUE || !hosted_by(&w->self, &w->host);
+	if (!needs_server || !ref_find(&w->server, domain, server_tid) || !ref_is_server(&w->server))
 		w->server.slot = NULL;
 	w->next_host.slot = NULL;
+	w->next_host.nr = 0;
 	if (!w->next_tid || !ref_find(&w->next, domain, w->next_tid)) {
 		w->next.slot = NULL;
 		return;
 	}
-	if (w->next.slot->host && !ref_get(&w->next_host, w->next.slot->host))
+	if (!ref_get(&w->next_host, w->next.slot->host))
 		w->next_host.slot = NULL;
+	if (w->next.slot->asleep)
+		w->now_ns = bpf_ktime_get_ns();
 }
 
 /* What the system call would return. */
@@ -252,16 +280,12 @@ static __always_inline void umcg_waits(struct task_struct *p, u32 nr)
 	if (!domain)
 		return;
 	wait_look_up(&w);
-
 	bpf_spin_lock(&domain->lock);
 	ret = wait_locked(&w);
 	bpf_spin_unlock(&domain->lock);
-	if (ret == -EAGAIN) { /* the time is needed, and no helper may be called under the lock */
-		w.now_ns = bpf_ktime_get_ns();
-		bpf_spin_lock(&domain->lock);
-		ret = wait_locked(&w);
-		bpf_spin_unlock(&domain->lock);
-	}
+	if (ret == -EAGAIN)
+		return; /* what was looked up has changed; the library calls again while the status is RUNNABLE */
+	UMCG_STORE(&w.self.cell->call.flags, 0);
 	if (ret < 0) {
 		wait_fail(&w.self, ret);
 		return;

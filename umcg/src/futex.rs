@@ -23,7 +23,8 @@ use crate::layout::{Cell, state_of};
 use crate::list::Links;
 use crate::memory::{Index, Memory, Registered};
 use crate::shared_abi::{
-    UMCG_STATE_BLOCKED, UMCG_STATE_NONE, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING, UMCG_WAIT_ENQUEUE,
+    UMCG_CALL_NEW, UMCG_STATE_BLOCKED, UMCG_STATE_NONE, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING,
+    UMCG_WAIT_ENQUEUE,
 };
 use crate::sys;
 use crate::thread::Registration;
@@ -31,12 +32,10 @@ use crate::thread::Registration;
 /// How a thread comes to wait here.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Entry {
-    /// It registers: its server has been told of it, and is to run it.
-    New,
-    /// It calls `umcg_wait`.
-    Fresh,
-    /// The kernel side was holding it, and let go of it when the scheduler went away.
-    Held,
+    /// Straight from the program.
+    Called,
+    /// It waited in the kernel, until the scheduler went away.
+    LetGo,
 }
 
 pub(crate) struct Futex {
@@ -71,11 +70,7 @@ impl Futex {
         entry: Entry,
     ) -> Result<(), Errno> {
         let deadline_ns = (timeout_ns != 0).then(|| sys::now_ns().saturating_add(timeout_ns));
-        self.locked(me.inner, |tasks| match entry {
-            Entry::New => Ok(()),
-            Entry::Fresh => tasks.start_waiting(me.index, flags),
-            Entry::Held => tasks.resume_waiting(me.index, flags),
-        })?;
+        self.locked(me.inner, |tasks| tasks.begin_wait(me.index, flags, entry))?;
         let Err(timed_out) = sleep(me.task, deadline_ns) else {
             return Ok(());
         };
@@ -171,32 +166,38 @@ struct Tasks<'a> {
 }
 
 impl<'a> Tasks<'a> {
-    /// The first step of a wait: starts whom it is to start, or tells who is to be told.
-    fn start_waiting(&mut self, me: Index, flags: u32) -> Result<(), Errno> {
+    /// Does the first step of a wait, unless it is done: by the kernel side, or by the registration of a worker.
+    fn begin_wait(&mut self, me: Index, flags: u32, entry: Entry) -> Result<(), Errno> {
         let me = self.at(me)?;
+        let is_done = me.cell.call_flags.load(Ordering::Relaxed) & UMCG_CALL_NEW == 0;
+        if me.is_server() && entry == Entry::LetGo {
+            me.cell.status.show(UMCG_STATE_RUNNING); // what it waits for may never be told
+            Ok(())
+        } else if is_done {
+            self.announce_captured(me);
+            Ok(())
+        } else {
+            self.start_waiting(me, flags)
+        }
+    }
+
+    /// A worker that was to be captured when the scheduler went away: as if it had been.
+    fn announce_captured(&self, me: Registered<'a>) {
+        if me.cell.status.shift(UMCG_STATE_BLOCKED, UMCG_STATE_RUNNABLE) {
+            me.cell.runnable_ts.store(sys::now_ns(), Ordering::Relaxed);
+            if let Ok(server) = self.server_of(me) {
+                self.enqueue(server, me);
+            }
+        }
+    }
+
+    /// Starts whom it is to start, or tells who is to be told.
+    fn start_waiting(&mut self, me: Registered<'a>, flags: u32) -> Result<(), Errno> {
         if me.cell.status.state() != UMCG_STATE_RUNNABLE {
             return Ok(()); // an event made it RUNNING: nothing to wait for
         }
         let started = if me.is_server() { self.server_waits(me) } else { self.worker_waits(me, flags) };
         started.inspect_err(|_| me.cell.status.show(UMCG_STATE_RUNNING))
-    }
-
-    /// The kernel side has done the first step and is gone. Servers return. A worker that was to be captured is announced as if
-    /// it had been; others stay with those who know of them.
-    fn resume_waiting(&mut self, me: Index, flags: u32) -> Result<(), Errno> {
-        let me = self.at(me)?;
-        if me.is_server() {
-            me.cell.status.show(UMCG_STATE_RUNNING);
-        } else if me.cell.status.shift(UMCG_STATE_BLOCKED, UMCG_STATE_RUNNABLE) {
-            me.cell.runnable_ts.store(sys::now_ns(), Ordering::Relaxed);
-            if let Ok(server) = self.server_of(me) {
-                self.enqueue(server, me);
-            }
-        } else if me.cell.next_tid.load(Ordering::Relaxed) != 0 {
-            // It would be 0 if the first step had been done.
-            return self.start_waiting(me.index, flags);
-        }
-        Ok(())
     }
 
     fn server_waits(&mut self, me: Registered<'a>) -> Result<(), Errno> {

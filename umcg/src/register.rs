@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::errno::Errno;
-use crate::futex::Entry;
 use crate::inner::Inner;
 use crate::layout::Cell;
 use crate::memory::Index;
@@ -34,8 +33,8 @@ pub(crate) fn register(inner: Arc<Inner>, addr: u64) -> Result<(), Errno> {
         let is_server = check_task(&inner, index, tid)?;
         claim(thread, inner, index, tid)?;
         if let Some(me) = thread.registration().filter(|_| !is_server) {
-            // The first run; its result is that of no wait of the program's.
-            let _ = wait::switch(me, 0, 0, Entry::New);
+            // For its first run. Its server has been told, so this is no new call; and its result is none of the program's.
+            let _ = wait::switch(me, 0, 0);
         }
         Ok(())
     })

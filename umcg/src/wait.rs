@@ -9,7 +9,9 @@ use std::sync::atomic::Ordering;
 
 use crate::errno::Errno;
 use crate::futex::Entry;
-use crate::shared_abi::{UMCG_STATE_NONE, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING, UMCG_WAIT_ENQUEUE};
+use crate::shared_abi::{
+    UMCG_CALL_NEW, UMCG_STATE_NONE, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING, UMCG_WAIT_ENQUEUE,
+};
 use crate::sys;
 use crate::thread::{self, Registration};
 
@@ -23,7 +25,7 @@ pub(crate) fn wait(timeout_ns: u64, flags: u32) -> Result<(), Errno> {
         };
         match check(me, timeout_ns, flags) {
             Ok(UMCG_STATE_RUNNING) => Ok(()),
-            Ok(_) => switch(me, timeout_ns, flags, Entry::Fresh),
+            Ok(_) => switch(me, timeout_ns, flags | UMCG_CALL_NEW),
             Err(errno) => {
                 me.task.status.show(UMCG_STATE_RUNNING);
                 Err(errno)
@@ -58,9 +60,9 @@ fn in_handler(me: Registration<'_>, flags: u32) -> Errno {
     if flags & !UMCG_WAIT_ENQUEUE != 0 { Errno::EINVAL } else { Errno::EDEADLK }
 }
 
-/// Gives up the CPU until the status is RUNNING.
+/// Gives up the CPU until the status is RUNNING. `flags` are those of `umcg_call`.
 #[inline]
-pub(crate) fn switch(me: Registration<'_>, timeout_ns: u64, flags: u32, entry: Entry) -> Result<(), Errno> {
+pub(crate) fn switch(me: Registration<'_>, timeout_ns: u64, flags: u32) -> Result<(), Errno> {
     let Registration { task, inner, .. } = me;
     // The kernel side reads and writes these inside the system call, in this thread: no ordering is needed.
     task.call_timeout_ns.store(timeout_ns, Ordering::Relaxed);
@@ -68,12 +70,12 @@ pub(crate) fn switch(me: Registration<'_>, timeout_ns: u64, flags: u32, entry: E
     task.call_result.store(0, Ordering::Relaxed);
     if task.status.mark_waiting() == UMCG_STATE_RUNNABLE {
         if !inner.is_scheduled() {
-            return inner.futex.wait(me, timeout_ns, flags, entry);
+            return inner.futex.wait(me, timeout_ns, flags, Entry::Called);
         }
         sys::sched_yield();
         while !is_over(task.status.mark_waiting()) {
             if !inner.is_scheduled() {
-                return inner.futex.wait(me, timeout_ns, flags, Entry::Held);
+                return inner.futex.wait(me, timeout_ns, flags, Entry::LetGo);
             }
             sys::sched_yield();
         }
