@@ -17,15 +17,9 @@ fn main() -> anyhow::Result<()> {
     for dir in SOURCES {
         rerun_if_changed(Path::new(dir))?;
     }
-    scx_cargo::BpfBuilder::new()?
-        .add_cflag("-Werror")
-        .enable_skel("src/bpf/umcg.bpf.c", "bpf")
-        .build()?;
+    scx_cargo::BpfBuilder::new()?.add_cflag("-Werror").enable_skel("src/bpf/umcg.bpf.c", "bpf").build()?;
     // tests/layout.rs compares the BTF of this object with the Rust mirror.
-    println!(
-        "cargo::rustc-env=UMCG_BPF_OBJECT={}/bpf.bpf.o",
-        env::var("OUT_DIR")?
-    );
+    println!("cargo::rustc-env=UMCG_BPF_OBJECT={}/bpf.bpf.o", env::var("OUT_DIR")?);
     Ok(())
 }
 

@@ -76,9 +76,7 @@ fn main() -> ExitCode {
     let (files, mut failed) = find_files(&options.paths);
     let job = Job::new(files);
     let (servers, workers) = options.threads();
-    let hosts: Vec<Host> = (0..servers)
-        .map(|i| Host::new((workers - i).div_ceil(servers)))
-        .collect();
+    let hosts: Vec<Host> = (0..servers).map(|i| Host::new((workers - i).div_ceil(servers))).collect();
 
     let run = match run(&job, &hosts) {
         Ok(run) => run,
@@ -119,10 +117,7 @@ fn run(job: &Job, hosts: &[Host]) -> Result<Run, Error> {
         }
         stats
     });
-    Ok(Run {
-        backend: domain.backend(),
-        stats,
-    })
+    Ok(Run { backend: domain.backend(), stats })
 }
 
 /// A thread that fails would leave the others waiting for it, so it ends the program.
@@ -304,10 +299,7 @@ fn sum_file(path: &OsStr, buffer: &mut [u8], host: &Host) -> io::Result<Sum> {
             Err(error) => return Err(error),
         }
     }
-    Ok(Sum {
-        digest: hasher.finalize().into(),
-        bytes,
-    })
+    Ok(Sum { digest: hasher.finalize().into(), bytes })
 }
 
 /// All files, and what became of them. Workers take one after the other.
@@ -319,11 +311,7 @@ struct Job {
 
 impl Job {
     fn new(files: Vec<OsString>) -> Self {
-        Self {
-            sums: files.iter().map(|_| OnceLock::new()).collect(),
-            files,
-            next: AtomicUsize::new(0),
-        }
+        Self { sums: files.iter().map(|_| OnceLock::new()).collect(), files, next: AtomicUsize::new(0) }
     }
 
     fn take(&self) -> Option<(&OsStr, &OnceLock<io::Result<Sum>>)> {
@@ -367,10 +355,7 @@ impl Job {
         eprintln!("blocked    {} times", run.stats.blocks);
         eprintln!("captured   {}", run.stats.captures);
         eprintln!("run        {}", run.stats.waits);
-        eprintln!(
-            "at once    {} of one server's workers in user code, at most",
-            most.max().unwrap_or(0)
-        );
+        eprintln!("at once    {} of one server's workers in user code, at most", most.max().unwrap_or(0));
     }
 }
 
@@ -465,11 +450,7 @@ struct Spans {
 
 impl Spans {
     fn add(&mut self, span: Duration) {
-        self.join(&Self {
-            count: 1,
-            sum: span,
-            longest: span,
-        });
+        self.join(&Self { count: 1, sum: span, longest: span });
     }
 
     fn join(&mut self, other: &Self) {
@@ -482,14 +463,7 @@ impl Spans {
 impl fmt::Display for Spans {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mean = self.sum.checked_div(self.count).unwrap_or_default();
-        let Self {
-            count,
-            sum,
-            longest,
-        } = self;
-        write!(
-            f,
-            "{count} times, after {mean:.1?} on average, {longest:.1?} at most, {sum:.1?} in all"
-        )
+        let Self { count, sum, longest } = self;
+        write!(f, "{count} times, after {mean:.1?} on average, {longest:.1?} at most, {sum:.1?} in all")
     }
 }

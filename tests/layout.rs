@@ -23,20 +23,11 @@ use shared_abi::*;
 mod shared_abi;
 
 const MIRROR: &str = include_str!("../src/shared_abi.rs");
-const HEADERS: [&str; 2] = [
-    include_str!("../include/umcg.h"),
-    include_str!("../src/bpf/intf.h"),
-];
+const HEADERS: [&str; 2] = [include_str!("../include/umcg.h"), include_str!("../src/bpf/intf.h")];
 
 /// What the BPF side uses. The rest of the structs is between library and loader.
-const IN_BPF_OBJECT: [&str; 6] = [
-    "umcg_admin_args",
-    "umcg_call",
-    "umcg_cell",
-    "umcg_ctl_args",
-    "umcg_stats",
-    "umcg_task",
-];
+const IN_BPF_OBJECT: [&str; 6] =
+    ["umcg_admin_args", "umcg_call", "umcg_cell", "umcg_ctl_args", "umcg_stats", "umcg_task"];
 
 struct Field {
     name: &'static str,
@@ -54,12 +45,7 @@ struct Mirror {
 
 fn field<S, F>(name: &'static str, offset: usize, _: fn(S) -> F) -> Field {
     let kind = type_name::<F>();
-    Field {
-        name,
-        offset,
-        size: size_of::<F>(),
-        kind: kind.rsplit("::").next().unwrap_or(kind),
-    }
+    Field { name, offset, size: size_of::<F>(), kind: kind.rsplit("::").next().unwrap_or(kind) }
 }
 
 /// Lists the structs of the mirror; does not compile unless each field is named.
@@ -133,8 +119,7 @@ fn size_line(of: &str, size: usize) -> String {
 fn names_after<'text>(text: &'text str, prefix: &str) -> BTreeSet<&'text str> {
     let name = |line: &'text str| {
         let rest = line.strip_prefix(prefix)?;
-        rest.split(|c: char| !c.is_alphanumeric() && c != '_')
-            .next()
+        rest.split(|c: char| !c.is_alphanumeric() && c != '_').next()
     };
     text.lines().filter_map(name).collect()
 }
@@ -180,10 +165,7 @@ static inline void show(const char *name, size_t offset, const char *kind, size_
 fn ask_c(name: &str, statements: &str) -> Result<Vec<String>> {
     let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     let source = program.with_extension("c");
-    fs::write(
-        &source,
-        format!("{C_PREAMBLE}\nint main(void)\n{{\n{statements}\treturn 0;\n}}\n"),
-    )?;
+    fs::write(&source, format!("{C_PREAMBLE}\nint main(void)\n{{\n{statements}\treturn 0;\n}}\n"))?;
     let compiler = Command::new("cc")
         .args(["-std=c11", "-Wall", "-Wextra", "-Werror", "-I"])
         .args([env!("CARGO_MANIFEST_DIR"), "-o"])
@@ -216,11 +198,7 @@ fn the_structs_are_those_of_the_headers() -> Result<()> {
 fn the_fields_fill_their_structs() {
     for mirror in mirrors() {
         let end = mirror.fields.iter().fold(0, |end, field| {
-            assert_eq!(
-                field.offset, end,
-                "a hole before {}.{}",
-                mirror.name, field.name
-            );
+            assert_eq!(field.offset, end, "a hole before {}.{}", mirror.name, field.name);
             end + field.size
         });
         assert_eq!(end, mirror.size, "a hole at the end of {}", mirror.name);
@@ -233,34 +211,18 @@ fn no_struct_is_missing() {
     // All of the headers' lines that start so are definitions, but for those of functions.
     let mut in_headers = BTreeSet::new();
     for header in HEADERS {
-        let definitions = header
-            .lines()
-            .filter(|line| line.trim_end().ends_with('{'))
-            .collect::<Vec<_>>()
-            .join("\n");
-        in_headers.extend(
-            names_after(&definitions, "struct ")
-                .into_iter()
-                .map(str::to_owned),
-        );
+        let definitions =
+            header.lines().filter(|line| line.trim_end().ends_with('{')).collect::<Vec<_>>().join("\n");
+        in_headers.extend(names_after(&definitions, "struct ").into_iter().map(str::to_owned));
     }
-    assert_eq!(
-        in_headers,
-        compared.iter().map(|&name| name.to_owned()).collect()
-    );
+    assert_eq!(in_headers, compared.iter().map(|&name| name.to_owned()).collect());
     assert_eq!(names_after(MIRROR, "pub struct "), compared);
 }
 
 #[test]
 fn the_constants_are_those_of_the_headers() -> Result<()> {
-    let statements: String = CONSTANTS
-        .iter()
-        .map(|(name, _)| format!("\tCONSTANT({name});\n"))
-        .collect();
-    let mirror: Vec<_> = CONSTANTS
-        .iter()
-        .map(|(name, value)| format!("{name} = {value}"))
-        .collect();
+    let statements: String = CONSTANTS.iter().map(|(name, _)| format!("\tCONSTANT({name});\n")).collect();
+    let mirror: Vec<_> = CONSTANTS.iter().map(|(name, value)| format!("{name} = {value}")).collect();
     assert_eq!(mirror, ask_c("layout_constants", &statements)?);
     Ok(())
 }
@@ -277,11 +239,7 @@ fn no_constant_is_missing() {
 fn kind_in_btf(ty: BtfType<'_>) -> Result<String> {
     let ty = ty.skip_mods_and_typedefs();
     if let Ok(int) = Int::try_from(ty) {
-        let sign = if matches!(int.encoding, IntEncoding::Signed) {
-            'i'
-        } else {
-            'u'
-        };
+        let sign = if matches!(int.encoding, IntEncoding::Signed) { 'i' } else { 'u' };
         return Ok(format!("{sign}{}", int.bits));
     }
     if let Ok(array) = Array::try_from(ty) {
@@ -301,15 +259,9 @@ fn lines_in_btf(btf: &Btf<'_>, name: &str, of: &Struct<'_>) -> Result<Vec<String
         let MemberAttr::Normal { offset: bits } = member.attr else {
             bail!("{name}.{field} is a bit field");
         };
-        let ty = btf
-            .type_by_id::<BtfType<'_>>(member.ty)
-            .context("BTF names a type that it does not have")?;
-        lines.push(field_line(
-            name,
-            &field,
-            bits as usize / 8,
-            &kind_in_btf(ty)?,
-        ));
+        let ty =
+            btf.type_by_id::<BtfType<'_>>(member.ty).context("BTF names a type that it does not have")?;
+        lines.push(field_line(name, &field, bits as usize / 8, &kind_in_btf(ty)?));
     }
     lines.push(size_line(name, of.size()));
     Ok(lines)

@@ -8,7 +8,8 @@ use std::path::Path;
 use umcg::raw::{self, Errno};
 pub use umcg::raw::{
     UMCG_STATE_BLOCKED as BLOCKED, UMCG_STATE_MASK as STATE_MASK, UMCG_STATE_NONE as NONE,
-    UMCG_STATE_RUNNABLE as RUNNABLE, UMCG_STATE_RUNNING as RUNNING, current, task_alloc, task_free, umcg_task,
+    UMCG_STATE_RUNNABLE as RUNNABLE, UMCG_STATE_RUNNING as RUNNING, current, task_alloc, task_free,
+    umcg_task,
 };
 
 fn as_c(result: Result<(), Errno>) -> i32 {

@@ -31,9 +31,7 @@ static STOP: AtomicBool = AtomicBool::new(false);
 
 /// CPU time of the calling thread.
 fn cpu_time() -> Duration {
-    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)
-        .unwrap()
-        .into()
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap().into()
 }
 
 /// Computes until STOP; its CPU time.
@@ -53,9 +51,7 @@ fn assert_fair(what: &str, times: &[Duration]) {
 fn hogs() {
     open(1); // so that the sweep is at work as well
     let server = become_server();
-    let hogs: Vec<_> = (0..2 * nr_cpus() + 1)
-        .map(|_| std::thread::spawn(hog))
-        .collect();
+    let hogs: Vec<_> = (0..2 * nr_cpus() + 1).map(|_| std::thread::spawn(hog)).collect();
     sleep(Duration::from_secs(scaled(SECONDS).into()));
     STOP.store(true, SeqCst);
     let times: Vec<_> = hogs.into_iter().map(|hog| hog.join().unwrap()).collect();
@@ -92,10 +88,7 @@ fn pair() {
     let pair = std::thread::spawn(switch_for_ever);
     sleep(Duration::from_secs(scaled(SECONDS).into()));
     STOP.store(true, SeqCst);
-    assert_fair(
-        "a pair and a hog",
-        &[pair.join().unwrap(), hog.join().unwrap()],
-    );
+    assert_fair("a pair and a hog", &[pair.join().unwrap(), hog.join().unwrap()]);
 }
 
 const SCHED_EXT: i32 = 7;
@@ -125,17 +118,11 @@ fn partial() {
     assert_eq!(server.take(List::Blocked).len(), 1);
     ours.write_all(&[0]).unwrap();
     server.await_runnable(worker.task);
-    assert!(
-        !STOP.load(SeqCst),
-        "user code ran between the block and the capture"
-    );
+    assert!(!STOP.load(SeqCst), "user code ran between the block and the capture");
     server.run(worker.task);
     worker.thread.join().unwrap();
 
     retire(server);
     assert_eq!(policy(), libc::SCHED_OTHER, "not given back");
-    assert_eq!(
-        std::thread::spawn(policy).join().unwrap(),
-        libc::SCHED_OTHER
-    );
+    assert_eq!(std::thread::spawn(policy).join().unwrap(), libc::SCHED_OTHER);
 }

@@ -269,6 +269,7 @@ pub fn state_name(state: u32) -> &'static str {
 
 /// Rounds, or seconds, of a long test: `UMCG_VM_SCALE` in the environment, a factor, makes it longer or shorter.
 pub fn scaled(n: u32) -> u32 {
-    let factor = std::env::var("UMCG_VM_SCALE").map_or(1.0, |scale| scale.parse::<f64>().expect("UMCG_VM_SCALE"));
+    let factor =
+        std::env::var("UMCG_VM_SCALE").map_or(1.0, |scale| scale.parse::<f64>().expect("UMCG_VM_SCALE"));
     ((f64::from(n) * factor) as u32).max(1)
 }

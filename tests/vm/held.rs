@@ -16,16 +16,13 @@ use nix::unistd::Pid;
 
 use crate::api::{self, NONE, RUNNABLE};
 use crate::cast::{
-    List, Task, Worker, become_server, nr_cpus, open, pin, retire, serve_fifo, spawn_server,
-    spawn_worker, spawn_worker_in, wait_until,
+    List, Task, Worker, become_server, nr_cpus, open, pin, retire, serve_fifo, spawn_server, spawn_worker,
+    spawn_worker_in, wait_until,
 };
 use crate::harness::{Loader, Test};
 
 pub const TESTS: &[Test] = &[
-    Test::new(
-        "held_tasks_survive_a_change_of_affinity_nice_and_policy",
-        changed,
-    ),
+    Test::new("held_tasks_survive_a_change_of_affinity_nice_and_policy", changed),
     Test::new("held_tasks_survive_the_watchdog", watchdog).own_loader(),
     Test::new("workers_may_be_pinned_away_from_their_server", pinned),
 ];
@@ -71,16 +68,8 @@ impl Held {
             assert_eq!(task.switch_to(0), 0);
             step();
         });
-        let held = Self {
-            server,
-            fresh,
-            waiting,
-            captured,
-            idle,
-        };
-        wait_until("all are held", || {
-            held.tasks().iter().all(|task| task.state() == RUNNABLE)
-        });
+        let held = Self { server, fresh, waiting, captured, idle };
+        wait_until("all are held", || held.tasks().iter().all(|task| task.state() == RUNNABLE));
         held
     }
 
@@ -89,12 +78,7 @@ impl Held {
     }
 
     fn tasks(&self) -> [&Task; 4] {
-        [
-            self.fresh.task,
-            self.waiting.task,
-            self.captured.task,
-            self.idle.task,
-        ]
+        [self.fresh.task, self.waiting.task, self.captured.task, self.idle.task]
     }
 
     fn assert_held(&self) {
@@ -130,16 +114,12 @@ fn set_affinity(tid: u32, cpus: impl IntoIterator<Item = usize>) {
 
 fn set_nice(tid: u32, nice: i32) {
     // SAFETY: takes no pointers.
-    assert_eq!(
-        unsafe { libc::setpriority(libc::PRIO_PROCESS, tid, nice) },
-        0
-    );
+    assert_eq!(unsafe { libc::setpriority(libc::PRIO_PROCESS, tid, nice) }, 0);
 }
 
 fn set_policy(tid: u32, policy: i32) {
     // SAFETY: a structure of zeroes is a valid sched_param, and outlives the call.
-    let answer =
-        unsafe { libc::sched_setscheduler(tid.cast_signed(), policy, &std::mem::zeroed()) };
+    let answer = unsafe { libc::sched_setscheduler(tid.cast_signed(), policy, &std::mem::zeroed()) };
     assert_eq!(answer, 0);
 }
 

@@ -16,27 +16,13 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
 
 use crate::api::{BLOCKED, RUNNABLE, RUNNING};
-use crate::cast::{
-    List, Task, become_server, open, scaled, spawn_server, spawn_worker, wait_until,
-};
+use crate::cast::{List, Task, become_server, open, scaled, spawn_server, spawn_worker, wait_until};
 use crate::harness::{Test, stat, where_it_hangs};
 
 pub const TESTS: &[Test] = &[
-    Test::new(
-        "sigkill_of_100_tasks_in_every_state_leaves_nothing",
-        sigkill,
-    )
-    .limit_s(1200),
-    Test::new(
-        "exit_group_of_100_tasks_in_every_state_leaves_nothing",
-        exit_group,
-    )
-    .limit_s(300),
-    Test::new(
-        "sigsegv_of_100_tasks_in_every_state_leaves_nothing",
-        sigsegv,
-    )
-    .limit_s(300),
+    Test::new("sigkill_of_100_tasks_in_every_state_leaves_nothing", sigkill).limit_s(1200),
+    Test::new("exit_group_of_100_tasks_in_every_state_leaves_nothing", exit_group).limit_s(300),
+    Test::new("sigsegv_of_100_tasks_in_every_state_leaves_nothing", sigsegv).limit_s(300),
 ];
 
 /// How the child of a round ends, by itself.
@@ -65,10 +51,7 @@ fn rounds(rounds: u32, end: End) {
     for round in 0..rounds {
         worst = worst.max(one_round(end, jitter(round)));
     }
-    println!(
-        "{rounds} rounds; the longest end of a process took {} ms",
-        worst.as_millis()
-    );
+    println!("{rounds} rounds; the longest end of a process took {} ms", worst.as_millis());
 }
 
 /// Up to 20 ms, different each time.
@@ -102,13 +85,8 @@ fn one_round(end: End, moment: Duration) -> Duration {
     drop(ready); // the child's own end waits for this
     assert_eq!(reap(child), expected);
     let took = start.elapsed();
-    assert!(
-        !Path::new(&format!("/proc/{child}")).exists(),
-        "a thread stayed"
-    );
-    wait_until("the loader has nothing left of it", || {
-        stat("nr_tasks") == 0 && stat("nr_domains") == 0
-    });
+    assert!(!Path::new(&format!("/proc/{child}")).exists(), "a thread stayed");
+    wait_until("the loader has nothing left of it", || stat("nr_tasks") == 0 && stat("nr_domains") == 0);
     took
 }
 
@@ -120,11 +98,7 @@ fn reap(child: Pid) -> WaitStatus {
             status => return status,
         }
         let threads = || where_it_hangs(child.as_raw().cast_unsigned());
-        assert!(
-            Instant::now() < deadline,
-            "the process does not end:\n{}",
-            threads()
-        );
+        assert!(Instant::now() < deadline, "the process does not end:\n{}", threads());
     }
 }
 
@@ -144,13 +118,9 @@ fn become_hundred_tasks(mut tell: UnixStream, end: End) -> ! {
         let fresh = spawn_worker(server.tid(), |_| unreachable!("nobody runs it"));
         server.await_runnable(fresh.task);
     }
-    wait_until("servers wait", || {
-        idle.iter().all(|task| task.state() == RUNNABLE)
-    });
+    wait_until("servers wait", || idle.iter().all(|task| task.state() == RUNNABLE));
     let busy: Vec<_> = (0..5).map(|_| serving_server()).collect();
-    wait_until("servers serve", || {
-        busy.iter().all(|task| task.state() == RUNNABLE)
-    });
+    wait_until("servers serve", || busy.iter().all(|task| task.state() == RUNNABLE));
 
     std::thread::spawn(move || {
         let _ = end_cue.read(&mut [0]);

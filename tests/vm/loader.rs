@@ -11,18 +11,14 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, socket,
-};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, socket};
 
 use crate::api;
 use crate::cast::wait_until;
 use crate::harness::{LOADER, Loader, Test};
 
 pub const TESTS: &[Test] = &[
-    Test::new("run_exits_with_the_status_of_its_command", run_status)
-        .own_loader()
-        .limit_s(400),
+    Test::new("run_exits_with_the_status_of_its_command", run_status).own_loader().limit_s(400),
     Test::new("run_tells_its_command_where_the_socket_is", run_socket).own_loader(),
     Test::new("status_tells_whether_a_loader_serves", status).own_loader(),
     Test::new("a_second_loader_is_refused", second).own_loader(),
@@ -50,19 +46,13 @@ fn assert_refused(output: &Output, why: &str) {
     let message = text(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{message}");
     assert_eq!(message.lines().count(), 1, "{message}");
-    assert!(
-        message.starts_with("scx_umcg: ") && message.contains("; "),
-        "{message}"
-    );
+    assert!(message.starts_with("scx_umcg: ") && message.contains("; "), "{message}");
     assert!(message.contains(why), "{message}");
     assert!(output.stdout.is_empty());
 }
 
 fn assert_unloaded() {
-    assert_eq!(
-        fs::read_to_string("/sys/kernel/sched_ext/state").unwrap(),
-        "disabled\n"
-    );
+    assert_eq!(fs::read_to_string("/sys/kernel/sched_ext/state").unwrap(), "disabled\n");
 }
 
 fn run_status() {
@@ -78,27 +68,19 @@ fn run_status() {
         let message = text(&output.stderr);
         assert_eq!(output.status.code(), Some(status), "{command:?}: {message}");
         let says_something = [126, 127].contains(&status);
-        assert_eq!(
-            message.lines().count(),
-            usize::from(says_something),
-            "{command:?}: {message}"
-        );
+        assert_eq!(message.lines().count(), usize::from(says_something), "{command:?}: {message}");
         assert_unloaded();
     }
 }
 
 fn run_socket() {
-    const LOOK: &str =
-        "test -S $UMCG_SOCKET && cat /sys/kernel/sched_ext/state && echo $UMCG_SOCKET";
+    const LOOK: &str = "test -S $UMCG_SOCKET && cat /sys/kernel/sched_ext/state && echo $UMCG_SOCKET";
     let output = scx_umcg(&["run", "--", "sh", "-c", LOOK]);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let lines: Vec<_> = text(&output.stdout).lines().collect();
     assert_eq!(lines[0], "enabled");
     assert!(!Path::new(lines[1]).exists(), "the socket stayed");
-    assert!(
-        !Path::new(lines[1]).parent().unwrap().exists(),
-        "its directory stayed"
-    );
+    assert!(!Path::new(lines[1]).parent().unwrap().exists(), "its directory stayed");
     assert_unloaded();
 }
 
@@ -107,11 +89,7 @@ fn status() {
     let socket = loader.socket.to_str().unwrap();
     let serving = scx_umcg(&["status", "--socket", socket]);
     assert_eq!(serving.status.code(), Some(0));
-    assert!(
-        text(&serving.stdout).starts_with("serving on"),
-        "{}",
-        text(&serving.stdout)
-    );
+    assert!(text(&serving.stdout).starts_with("serving on"), "{}", text(&serving.stdout));
     assert_eq!((loader.stat("nr_domains"), loader.stat("nr_tasks")), (0, 0));
 
     let nobody = scx_umcg(&["status", "--socket", "/run/nobody.sock"]);
@@ -119,12 +97,7 @@ fn status() {
     assert!(text(&nobody.stdout).starts_with("not serving"));
     let socket = socket.to_owned();
     drop(loader);
-    assert_eq!(
-        scx_umcg(&["status", "--json", "--socket", &socket])
-            .status
-            .code(),
-        Some(1)
-    );
+    assert_eq!(scx_umcg(&["status", "--json", "--socket", &socket]).status.code(), Some(1));
     assert_unloaded();
 }
 
@@ -142,32 +115,17 @@ fn refusals() {
     let _listener = UnixListener::bind(taken).unwrap();
     assert_refused(&scx_umcg(&["--socket", taken]), "is taken");
     fs::write("/run/umcg-test-file", "precious").unwrap();
-    assert_refused(
-        &scx_umcg(&["--socket", "/run/umcg-test-file"]),
-        "is not a socket",
-    );
+    assert_refused(&scx_umcg(&["--socket", "/run/umcg-test-file"]), "is not a socket");
     assert_eq!(fs::read("/run/umcg-test-file").unwrap(), b"precious");
-    assert_refused(
-        &scx_umcg(&["--group", "no-such-group"]),
-        "there is no group no-such-group",
-    );
-    let by_nobody = command(&["--socket", "/tmp/umcg-test-nobody"])
-        .uid(65534)
-        .gid(65534)
-        .output();
+    assert_refused(&scx_umcg(&["--group", "no-such-group"]), "there is no group no-such-group");
+    let by_nobody = command(&["--socket", "/tmp/umcg-test-nobody"]).uid(65534).gid(65534).output();
     assert_refused(&by_nobody.unwrap(), "run it as root");
     assert_eq!(scx_umcg(&["--no-such-option"]).status.code(), Some(2));
     assert_unloaded();
 }
 
 fn connection(path: &Path) -> OwnedFd {
-    let fd = socket(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )
-    .unwrap();
+    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
     connect(fd.as_raw_fd(), &UnixAddr::new(path).unwrap()).unwrap();
     fd
 }
@@ -192,34 +150,14 @@ fn garbage() {
     let loader = Loader::start(&["--max-domains", "4"]);
     let path = loader.socket.as_path();
     for length in [1, 15, 17, 4096] {
-        assert_eq!(
-            say(path, &vec![0xa5; length]),
-            -libc::EPROTO,
-            "{length} bytes"
-        );
+        assert_eq!(say(path, &vec![0xa5; length]), -libc::EPROTO, "{length} bytes");
     }
     assert_eq!(say(path, &hello([0, 1, 1, 0])), -libc::EPROTO, "magic");
-    assert_eq!(
-        say(path, &hello([MAGIC, 2, 1, 0])),
-        -libc::EPROTO,
-        "another version"
-    );
-    assert_eq!(
-        say(path, &hello([MAGIC, 1, 0, 0])),
-        -libc::EINVAL,
-        "no tasks"
-    );
-    assert_eq!(
-        say(path, &hello([MAGIC, 1, 1, 1])),
-        -libc::EINVAL,
-        "reserved"
-    );
+    assert_eq!(say(path, &hello([MAGIC, 2, 1, 0])), -libc::EPROTO, "another version");
+    assert_eq!(say(path, &hello([MAGIC, 1, 0, 0])), -libc::EINVAL, "no tasks");
+    assert_eq!(say(path, &hello([MAGIC, 1, 1, 1])), -libc::EINVAL, "reserved");
     for tasks in [1 << 20, u32::MAX] {
-        assert_eq!(
-            say(path, &hello([MAGIC, 1, tasks, 0])),
-            -libc::ENOSPC,
-            "{tasks} tasks"
-        );
+        assert_eq!(say(path, &hello([MAGIC, 1, tasks, 0])), -libc::ENOSPC, "{tasks} tasks");
     }
     // Clients that say nothing, and some that take a domain and go.
     let silent: Vec<_> = (0..100).map(|_| connection(path)).collect();
@@ -228,9 +166,7 @@ fn garbage() {
         assert!([0, -libc::ENOSPC].contains(&granted), "{granted}");
     }
     drop(silent);
-    wait_until("the loader has nothing left of them", || {
-        loader.stat("nr_domains") == 0
-    });
+    wait_until("the loader has nothing left of them", || loader.stat("nr_domains") == 0);
     assert_eq!(api::open(Some(path), 8, 0), 0);
     assert_eq!(api::backend(), "sched_ext");
     assert_eq!(loader.stat("nr_domains"), 1);

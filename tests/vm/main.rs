@@ -16,14 +16,20 @@ mod userfault;
 mod blocking;
 mod bystanders;
 mod capture;
+mod enqueue;
 mod first_run;
 mod held;
 mod killing;
 mod loader;
+mod loader_gone;
 mod marked_runnable;
+mod preempting;
 mod registering;
 mod rseq;
+mod signals;
+mod stopping;
 mod stress;
+mod timeouts;
 mod waiting;
 
 use std::process::ExitCode;
@@ -33,14 +39,20 @@ fn main() -> ExitCode {
         blocking::TESTS,
         bystanders::TESTS,
         capture::TESTS,
+        enqueue::TESTS,
         first_run::TESTS,
         held::TESTS,
         killing::TESTS,
         loader::TESTS,
+        loader_gone::TESTS,
         marked_runnable::TESTS,
+        preempting::TESTS,
         registering::TESTS,
         rseq::TESTS,
+        signals::TESTS,
+        stopping::TESTS,
         stress::TESTS,
+        timeouts::TESTS,
         waiting::TESTS,
     ]
     .concat();

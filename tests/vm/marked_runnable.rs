@@ -15,14 +15,8 @@ use crate::cast::{Task, become_server, open, pin, retire, spawn_worker_in};
 use crate::harness::Test;
 
 pub const TESTS: &[Test] = &[
-    Test::new(
-        "a_server_that_marks_itself_and_works_on_is_not_held",
-        server,
-    ),
-    Test::new(
-        "a_worker_that_marks_itself_and_works_on_is_not_held",
-        worker,
-    ),
+    Test::new("a_server_that_marks_itself_and_works_on_is_not_held", server),
+    Test::new("a_worker_that_marks_itself_and_works_on_is_not_held", worker),
 ];
 
 /// CPU time that a marked task works for; many slices, so its neighbour takes the CPU from it several times.
@@ -35,9 +29,7 @@ static STEPS: AtomicU32 = AtomicU32::new(0);
 
 /// CPU time of the calling thread.
 fn cpu_time() -> Duration {
-    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)
-        .unwrap()
-        .into()
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap().into()
 }
 
 fn work_marked(task: &Task) {
@@ -72,10 +64,7 @@ fn beside_hog(act: impl FnOnce()) {
     hog.join().unwrap();
     let turns = TURNS.load(SeqCst);
     println!("the hog took the CPU {turns} times");
-    assert!(
-        turns > 1,
-        "nobody took the CPU from the marked task, so nothing was tested"
-    );
+    assert!(turns > 1, "nobody took the CPU from the marked task, so nothing was tested");
 }
 
 fn server() {

@@ -19,32 +19,20 @@ use nix::unistd::{ForkResult, Gid, Uid, execv, fork, setgroups, setresgid, setre
 
 use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING, umcg_task};
 use crate::cast::{
-    List, Task, become_server, become_worker, gettid, open, retire, serve_fifo, spawn_server,
-    spawn_worker, wait_until,
+    List, Task, become_server, become_worker, gettid, open, retire, serve_fifo, spawn_server, spawn_worker,
+    wait_until,
 };
 use crate::harness::{Test, stat};
 
 pub const TESTS: &[Test] = &[
     Test::new("open_and_close_say_what_is_wrong", opening),
     Test::new("a_user_outside_the_group_may_not_open", other_user),
-    Test::new(
-        "task_alloc_answers_null_when_the_domain_is_full",
-        allocating,
-    ),
-    Test::new(
-        "register_refuses_what_is_no_struct_of_the_domain",
-        foreign_structs,
-    ),
+    Test::new("task_alloc_answers_null_when_the_domain_is_full", allocating),
+    Test::new("register_refuses_what_is_no_struct_of_the_domain", foreign_structs),
     Test::new("register_refuses_a_wrong_state_or_server", wrong_contents),
     Test::new("a_thread_and_a_struct_register_once", once),
-    Test::new(
-        "unregister_refuses_what_is_not_the_threads_own",
-        unregistering,
-    ),
-    Test::new(
-        "a_worker_is_announced_and_returns_once_it_is_run",
-        announced,
-    ),
+    Test::new("unregister_refuses_what_is_not_the_threads_own", unregistering),
+    Test::new("a_worker_is_announced_and_returns_once_it_is_run", announced),
     Test::new("a_worker_whose_thread_returns_is_reported", returns),
     Test::new("a_worker_that_exits_is_reported", exits),
     Test::new("a_forked_child_starts_unregistered", forked_server),
@@ -63,17 +51,10 @@ fn opening() {
     assert!(api::task_alloc().is_null());
     assert_eq!(api::open(None, 0, 0), -libc::EINVAL);
     assert_eq!(api::open(None, 1, 2), -libc::EINVAL);
-    assert_eq!(
-        api::open(Some(Path::new("/nonexistent/umcg.sock")), 1, 0),
-        -libc::ENOENT
-    );
+    assert_eq!(api::open(Some(Path::new("/nonexistent/umcg.sock")), 1, 0), -libc::ENOENT);
     assert_eq!(api::open(Some(file), 1, 0), -libc::ECONNREFUSED);
     assert_eq!(api::open(Some(stale), 1, 0), -libc::ECONNREFUSED);
-    assert_eq!(
-        api::open(None, 1 << 20, 0),
-        -libc::ENOSPC,
-        "more than the loader has"
-    );
+    assert_eq!(api::open(None, 1 << 20, 0), -libc::ENOSPC, "more than the loader has");
     for _ in 0..3 {
         open(1);
         assert_eq!(api::open(None, 1, 0), -libc::EALREADY);
@@ -83,18 +64,13 @@ fn opening() {
         assert_eq!(api::close(), 0);
         assert_eq!(api::backend(), "none");
     }
-    wait_until("the loader has nothing left of us", || {
-        stat("nr_domains") == 0
-    });
+    wait_until("the loader has nothing left of us", || stat("nr_domains") == 0);
 }
 
 fn other_user() {
     in_child(|| {
         // The test's directories may be root's alone; the socket's may not.
-        let dir = Path::new(&env::var_os("UMCG_SOCKET").unwrap())
-            .parent()
-            .unwrap()
-            .to_owned();
+        let dir = Path::new(&env::var_os("UMCG_SOCKET").unwrap()).parent().unwrap().to_owned();
         assert!(std::fs::metadata(dir).unwrap().permissions().mode() & 1 != 0);
         let (uid, gid) = (Uid::from_raw(1000), Gid::from_raw(1000));
         setgroups(&[]).unwrap();
@@ -115,11 +91,7 @@ fn allocating() {
     api::task_free(tasks[2].as_ptr());
     let task = Task::alloc();
     assert!(std::ptr::eq(task, tasks[2]));
-    assert_eq!(
-        (task.state(), task.user_data.load(SeqCst)),
-        (NONE, 0),
-        "not zeroed"
-    );
+    assert_eq!((task.state(), task.user_data.load(SeqCst)), (NONE, 0), "not zeroed");
     assert!(api::task_alloc().is_null());
     api::task_free(std::ptr::null_mut());
     api::task_free(tasks[0].as_ptr().wrapping_byte_add(8));
@@ -139,11 +111,7 @@ fn foreign_structs() {
     task.status.store(RUNNING, SeqCst);
     for offset in [1, 4, 8, 32] {
         let misaligned = task.as_ptr().wrapping_byte_add(offset);
-        assert_eq!(
-            api::register(misaligned, 0),
-            -libc::EINVAL,
-            "misaligned by {offset}"
-        );
+        assert_eq!(api::register(misaligned, 0), -libc::EINVAL, "misaligned by {offset}");
     }
     let before = task.as_ptr().wrapping_byte_sub(128);
     let after = task.as_ptr().wrapping_byte_add(1 << 20);
@@ -189,10 +157,7 @@ fn wrong_contents() {
     for nobody in [0, 1, 1 << 30] {
         refused(nobody, RUNNABLE, 0, libc::ESRCH);
     }
-    assert!(
-        server.task.take(List::Runnable).is_empty(),
-        "a refused worker was announced"
-    );
+    assert!(server.task.take(List::Runnable).is_empty(), "a refused worker was announced");
     server.task.user_data.store(1, SeqCst);
     server.thread.join().unwrap();
     refused(living, RUNNABLE, 0, libc::ESRCH);
@@ -209,10 +174,7 @@ fn once() {
 
     let host = server.tid();
     let stolen = std::thread::spawn(move || {
-        assert!(
-            api::register(server.as_ptr(), 0) < 0,
-            "a registered struct, by another thread"
-        );
+        assert!(api::register(server.as_ptr(), 0) < 0, "a registered struct, by another thread");
         (server.tid(), server.server_tid.load(SeqCst))
     });
     assert_eq!(stolen.join().unwrap(), (host, host));
@@ -228,20 +190,11 @@ fn once() {
 fn unregistering() {
     open(4);
     let spare = Task::alloc();
-    assert_eq!(
-        api::unregister(spare.as_ptr()),
-        -libc::EINVAL,
-        "not registered"
-    );
+    assert_eq!(api::unregister(spare.as_ptr()), -libc::EINVAL, "not registered");
     let server = become_server();
-    assert_eq!(
-        api::unregister(spare.as_ptr()),
-        -libc::EINVAL,
-        "another struct"
-    );
+    assert_eq!(api::unregister(spare.as_ptr()), -libc::EINVAL, "another struct");
     assert_eq!(api::unregister(std::ptr::null_mut()), -libc::EINVAL);
-    let of_another =
-        std::thread::spawn(move || assert_eq!(api::unregister(server.as_ptr()), -libc::EINVAL));
+    let of_another = std::thread::spawn(move || assert_eq!(api::unregister(server.as_ptr()), -libc::EINVAL));
     of_another.join().unwrap();
     assert_eq!(server.state(), RUNNING);
     retire(server);
@@ -261,18 +214,11 @@ fn announced() {
     assert_eq!(worker.task.state(), RUNNABLE);
     assert!(worker.task.runnable_ts.load(SeqCst) > 0);
     std::thread::sleep(std::time::Duration::from_millis(100));
-    assert_eq!(
-        RETURNED.load(SeqCst),
-        0,
-        "umcg_register returned before the worker was run"
-    );
+    assert_eq!(RETURNED.load(SeqCst), 0, "umcg_register returned before the worker was run");
     server.run(worker.task);
     assert_eq!(RETURNED.load(SeqCst), worker.task.tid());
     assert_eq!(worker.task.state(), NONE);
-    assert!(
-        server.take(List::Runnable).is_empty(),
-        "a worker that unregisters is no surprise"
-    );
+    assert!(server.take(List::Runnable).is_empty(), "a worker that unregisters is no surprise");
     worker.thread.join().unwrap();
     retire(server);
 }

@@ -23,11 +23,8 @@ use crate::cast::{
 };
 use crate::harness::{Test, stat};
 
-pub const TESTS: &[Test] = &[Test::new(
-    "200_workers_on_2_servers_stay_exclusive_and_progress",
-    stress,
-)
-.limit_s(600)];
+pub const TESTS: &[Test] =
+    &[Test::new("200_workers_on_2_servers_stay_exclusive_and_progress", stress).limit_s(600)];
 
 const WORKERS: usize = 200;
 const SECONDS: u32 = 20;
@@ -60,10 +57,7 @@ impl Host {
     /// The host of a worker that is RUNNING: servers change its server's tid only while they have it in their queue.
     fn of(worker: &Task) -> &'static Self {
         let tid = worker.server_tid.load(SeqCst);
-        HOSTS
-            .iter()
-            .find(|host| host.tid.load(SeqCst) == tid)
-            .expect("an unknown server")
+        HOSTS.iter().find(|host| host.tid.load(SeqCst) == tid).expect("an unknown server")
     }
 
     fn with_queue<R>(&self, act: impl FnOnce(&mut VecDeque<&'static Task>) -> R) -> R {
@@ -85,10 +79,7 @@ struct Dice(u64);
 
 impl Dice {
     fn below(&mut self, n: u64) -> u64 {
-        self.0 = self
-            .0
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % n
     }
 }
@@ -123,21 +114,14 @@ fn switch(me: &Task) {
     me.next_tid.store(next, SeqCst);
     me.status.store(RUNNABLE, SeqCst);
     assert_eq!(api::wait(0, umcg::raw::UMCG_WAIT_ENQUEUE), 0);
-    assert_eq!(
-        me.next_tid.load(SeqCst),
-        0,
-        "the offered worker was not run"
-    );
+    assert_eq!(me.next_tid.load(SeqCst), 0, "the offered worker was not run");
     DIRECT_SWITCHES.fetch_add(1, SeqCst);
 }
 
 /// Faults a page in and gives it back, beside others who do the same to one address space.
 fn fault() {
     const BYTES: NonZeroUsize = NonZeroUsize::new(1 << 16).unwrap();
-    let (protection, flags) = (
-        ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
-        MapFlags::MAP_PRIVATE,
-    );
+    let (protection, flags) = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE);
     // SAFETY: a new mapping, of which nobody else knows, written to inside its bounds and given back once.
     unsafe {
         let memory = mmap_anonymous(None, BYTES, protection, flags).unwrap();
@@ -193,10 +177,7 @@ fn feed(pipes: &'static [Pipe], is_over: &AtomicBool) {
 
 /// Serves first in, first out, offers the second to the first, and takes from the other queue what its own lacks.
 fn serve(me: &'static Task, host: &'static Host, workers: &[&'static Task]) {
-    let other = HOSTS
-        .iter()
-        .find(|other| !std::ptr::eq(*other, host))
-        .expect("there are two");
+    let other = HOSTS.iter().find(|other| !std::ptr::eq(*other, host)).expect("there are two");
     loop {
         me.status.store(RUNNABLE, SeqCst);
         if workers.iter().all(|worker| worker.state() == NONE) {
@@ -206,9 +187,7 @@ fn serve(me: &'static Task, host: &'static Host, workers: &[&'static Task]) {
         me.take(List::Blocked);
         let came = me.take(List::Runnable);
         host.with_queue(|queue| queue.extend(came.into_iter().filter(|task| task.state() != NONE)));
-        let next = host
-            .with_queue(VecDeque::pop_front)
-            .or_else(|| steal(me, other));
+        let next = host.with_queue(VecDeque::pop_front).or_else(|| steal(me, other));
         let offered = next.and_then(|_| host.with_queue(VecDeque::pop_front));
         if offered.is_some() && other.idle.load(SeqCst) {
             api::kick(other.tid.load(SeqCst), 0);
@@ -218,12 +197,7 @@ fn serve(me: &'static Task, host: &'static Host, workers: &[&'static Task]) {
 }
 
 /// Waits; whom nobody has run is queued again.
-fn run_and_offer(
-    me: &Task,
-    host: &Host,
-    next: Option<&'static Task>,
-    offered: Option<&'static Task>,
-) {
+fn run_and_offer(me: &Task, host: &Host, next: Option<&'static Task>, offered: Option<&'static Task>) {
     host.offer.store(offered.map_or(0, Task::tid), SeqCst);
     host.idle.store(next.is_none(), SeqCst);
     me.next_tid.store(next.map_or(0, Task::tid), SeqCst);
@@ -256,22 +230,12 @@ fn stress() {
     let (meals, pipes): (Vec<_>, Vec<_>) = (0..WORKERS)
         .map(|_| {
             let (meal, food) = UnixStream::pair().unwrap();
-            (
-                meal,
-                Pipe {
-                    hungry: AtomicBool::new(false),
-                    food,
-                },
-            )
+            (meal, Pipe { hungry: AtomicBool::new(false), food })
         })
         .collect();
     let pipes: &'static [Pipe] = pipes.leak();
     let workers = spawn_workers(me, meals, pipes);
-    let tasks: &'static [&Task] = workers
-        .iter()
-        .map(|worker| worker.task)
-        .collect::<Vec<_>>()
-        .leak();
+    let tasks: &'static [&Task] = workers.iter().map(|worker| worker.task).collect::<Vec<_>>().leak();
     let second = spawn_server(|task| {
         HOSTS[1].tid.store(task.tid(), SeqCst);
         serve(task, &HOSTS[1], tasks);
@@ -289,37 +253,22 @@ fn stress() {
         second.task.state() == NONE
     });
     IS_OVER.store(true, SeqCst);
-    for thread in
-        workers
-            .into_iter()
-            .map(|worker| worker.thread)
-            .chain([second.thread, feeder, clock])
-    {
+    for thread in workers.into_iter().map(|worker| worker.thread).chain([second.thread, feeder, clock]) {
         thread.join().unwrap();
     }
     report(tasks, seconds);
     retire(me);
 }
 
-fn spawn_workers(
-    server: &'static Task,
-    meals: Vec<UnixStream>,
-    pipes: &'static [Pipe],
-) -> Vec<Worker> {
-    let spawn = |(number, meal)| {
-        spawn_worker(server.tid(), move |task| {
-            work(task, number, meal, &pipes[number])
-        })
-    };
+fn spawn_workers(server: &'static Task, meals: Vec<UnixStream>, pipes: &'static [Pipe]) -> Vec<Worker> {
+    let spawn =
+        |(number, meal)| spawn_worker(server.tid(), move |task| work(task, number, meal, &pipes[number]));
     meals.into_iter().enumerate().map(spawn).collect()
 }
 
 fn report(tasks: &[&Task], seconds: u32) {
     let progress = |task: &&Task| task.user_data.load(SeqCst);
-    let (least, most) = (
-        tasks.iter().map(progress).min(),
-        tasks.iter().map(progress).max(),
-    );
+    let (least, most) = (tasks.iter().map(progress).min(), tasks.iter().map(progress).max());
     println!(
         "{seconds} s: {} to {} rounds each, {} direct switches, {} thefts, {} blocks, {} captures",
         least.unwrap_or(0),
@@ -329,14 +278,7 @@ fn report(tasks: &[&Task], seconds: u32) {
         stat("blocks"),
         stat("captures"),
     );
-    assert_eq!(
-        INTRUSIONS.load(SeqCst),
-        0,
-        "two workers of one host were in user code"
-    );
+    assert_eq!(INTRUSIONS.load(SeqCst), 0, "two workers of one host were in user code");
     assert!(least > Some(0), "a worker made no progress");
-    assert!(
-        DIRECT_SWITCHES.load(SeqCst) > 0 && stat("captures") > 0,
-        "nothing was tested"
-    );
+    assert!(DIRECT_SWITCHES.load(SeqCst) > 0 && stat("captures") > 0, "nothing was tested");
 }

@@ -12,8 +12,8 @@ use std::sync::mpsc;
 
 use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING};
 use crate::cast::{
-    List, Task, Worker, become_server, nr_cpus, open, retire, spawn_server, spawn_worker,
-    spawn_worker_in, spin_until, state_name, wait_until,
+    List, Task, Worker, become_server, nr_cpus, open, retire, spawn_server, spawn_worker, spawn_worker_in,
+    spin_until, state_name, wait_until,
 };
 use crate::harness::Test;
 
@@ -24,19 +24,10 @@ pub const TESTS: &[Test] = &[
     Test::new("a_worker_switches_to_another_of_its_host", direct),
     Test::new("a_server_switches_to_a_waiting_server", to_server),
     Test::new("a_server_that_names_itself_idles", own_tid),
-    Test::new(
-        "an_event_after_the_mark_makes_the_wait_return",
-        event_after_mark,
-    ),
+    Test::new("an_event_after_the_mark_makes_the_wait_return", event_after_mark),
     Test::new("the_programs_own_status_bits_survive_a_switch", own_bits),
-    Test::new(
-        "a_wait_of_a_server_that_fails_changes_nothing",
-        server_errors,
-    ),
-    Test::new(
-        "a_wait_of_a_worker_that_fails_changes_nothing",
-        worker_errors,
-    ),
+    Test::new("a_wait_of_a_server_that_fails_changes_nothing", server_errors),
+    Test::new("a_wait_of_a_worker_that_fails_changes_nothing", worker_errors),
     Test::new("a_thread_that_is_no_task_cannot_wait", unregistered),
     Test::new("of_two_servers_one_gets_the_worker", two_servers).limit_s(300),
     Test::new("a_worker_that_marked_itself_can_be_picked", marked),
@@ -80,25 +71,10 @@ fn fails(me: &Task, status: u32, next: u32, flags: u32, errno: i32, cast: &[&Tas
     me.next_tid.store(next, SeqCst);
     me.status.store(status, SeqCst);
     let others = || cast.iter().map(|task| Words::of(task)).collect::<Vec<_>>();
-    let before = (
-        Words {
-            status: RUNNING,
-            ..Words::of(me)
-        },
-        others(),
-    );
+    let before = (Words { status: RUNNING, ..Words::of(me) }, others());
     let answer = api::wait(0, flags);
-    assert_eq!(
-        answer,
-        -errno,
-        "with status {} and next {next}",
-        state_name(status)
-    );
-    assert_eq!(
-        (Words::of(me), others()),
-        before,
-        "a wait that failed changed something"
-    );
+    assert_eq!(answer, -errno, "with status {} and next {next}", state_name(status));
+    assert_eq!((Words::of(me), others()), before, "a wait that failed changed something");
 }
 
 fn lists_are_empty(server: &Task) -> bool {
@@ -115,10 +91,7 @@ fn running() {
     let worker = spawn_worker(server.tid(), |task| {
         task.next_tid.store(NO_TID, SeqCst);
         assert_eq!(api::wait(0, 0), 0);
-        assert_eq!(
-            (task.state(), task.next_tid.load(SeqCst)),
-            (RUNNING, NO_TID)
-        );
+        assert_eq!((task.state(), task.next_tid.load(SeqCst)), (RUNNING, NO_TID));
     });
     server.await_runnable(worker.task);
     server.run(worker.task);
@@ -194,11 +167,7 @@ fn direct() {
     for _ in 0..20 {
         server.run(first.task);
         let states = [first.task.state(), second.task.state()];
-        assert_eq!(
-            states,
-            [RUNNABLE, RUNNABLE],
-            "the host came back before the second had its turn"
-        );
+        assert_eq!(states, [RUNNABLE, RUNNABLE], "the host came back before the second had its turn");
         assert!(lists_are_empty(server));
     }
     for worker in [first, second] {
@@ -224,9 +193,7 @@ fn to_server() {
         run_server(me, other.task);
         assert_eq!(me.state(), RUNNING);
     }
-    wait_until("the other server waits again", || {
-        other.task.state() == RUNNABLE
-    });
+    wait_until("the other server waits again", || other.task.state() == RUNNABLE);
     assert_eq!(api::kick(other.task.tid(), 0), 0);
     other.thread.join().unwrap();
     retire(me);
@@ -265,15 +232,9 @@ fn event_after_mark() {
     server.next_tid.store(worker.task.tid(), SeqCst);
     server.status.store(RUNNABLE, SeqCst);
     let late = spawn_worker(host, |_| {});
-    wait_until("the event makes the server RUNNING", || {
-        server.state() == RUNNING
-    });
+    wait_until("the event makes the server RUNNING", || server.state() == RUNNING);
     assert_eq!(api::wait(0, 0), 0);
-    assert_eq!(
-        server.next_tid.load(SeqCst),
-        worker.task.tid(),
-        "not run, and not said so"
-    );
+    assert_eq!(server.next_tid.load(SeqCst), worker.task.tid(), "not run, and not said so");
     assert_eq!(worker.task.state(), RUNNABLE);
 
     server.await_runnable(late.task);
@@ -339,15 +300,8 @@ impl OtherServer {
             }
         });
         let [busy, idle] = receiver.recv().unwrap();
-        wait_until("the other server serves", || {
-            (server.task.state(), busy.state()) == (RUNNABLE, RUNNING)
-        });
-        Self {
-            server,
-            busy,
-            idle,
-            quit,
-        }
+        wait_until("the other server serves", || (server.task.state(), busy.state()) == (RUNNABLE, RUNNING));
+        Self { server, busy, idle, quit }
     }
 
     fn end(self) {
@@ -420,14 +374,7 @@ fn worker_errors() {
         fails(task, BLOCKED, 0, 0, libc::EINVAL, &cast);
         fails(task, NONE, 0, 0, libc::EINVAL, &cast);
         task.server_tid.store(NO_TID, SeqCst);
-        fails(
-            task,
-            RUNNABLE,
-            0,
-            umcg::raw::UMCG_WAIT_ENQUEUE,
-            libc::ESRCH,
-            &cast,
-        );
+        fails(task, RUNNABLE, 0, umcg::raw::UMCG_WAIT_ENQUEUE, libc::ESRCH, &cast);
         task.server_tid.store(my_tid, SeqCst);
         task.status.store(RUNNABLE, SeqCst);
         assert_eq!(api::wait(1, 0), -libc::ERANGE);
@@ -464,18 +411,13 @@ struct Meeting {
     runs: AtomicU32,
 }
 
-static MEETING: Meeting = Meeting {
-    arrived: AtomicU32::new(0),
-    lost: AtomicU32::new(0),
-    runs: AtomicU32::new(0),
-};
+static MEETING: Meeting =
+    Meeting { arrived: AtomicU32::new(0), lost: AtomicU32::new(0), runs: AtomicU32::new(0) };
 
 impl Meeting {
     fn meet(&self, round: u32) {
         self.arrived.fetch_add(1, SeqCst);
-        spin_until("the other server comes", || {
-            self.arrived.load(SeqCst) >= 2 * round
-        });
+        spin_until("the other server comes", || self.arrived.load(SeqCst) >= 2 * round);
     }
 
     /// One attempt at the worker, in the `round`th round; whether it was run.
@@ -504,9 +446,7 @@ fn two_servers() {
     let worker = spawn_worker(me.tid(), |task| {
         for round in 1..=ROUNDS {
             MEETING.runs.fetch_add(1, SeqCst);
-            spin_until("the other server lost", || {
-                MEETING.lost.load(SeqCst) == round
-            });
+            spin_until("the other server lost", || MEETING.lost.load(SeqCst) == round);
             assert_eq!(task.switch_to(0), 0);
         }
     });
@@ -522,10 +462,7 @@ fn two_servers() {
     }
     wait_until("the other server is done", || other.task.state() == NONE);
     let others = other.task.user_data.load(SeqCst) as u32;
-    println!(
-        "won {won} rounds, the other server {others}, on {} CPUs",
-        nr_cpus()
-    );
+    println!("won {won} rounds, the other server {others}, on {} CPUs", nr_cpus());
     assert_eq!((won + others, MEETING.runs.load(SeqCst)), (ROUNDS, ROUNDS));
 
     worker.task.server_tid.store(me.tid(), SeqCst);
@@ -589,19 +526,13 @@ fn picked_asleep() {
     me.await_runnable(worker.task);
     let worker_task = worker.task;
     let other = spawn_server(move |task| {
-        wait_until("the worker marks itself", || {
-            worker_task.state() == RUNNABLE && sleeps(worker_tid)
-        });
+        wait_until("the worker marks itself", || worker_task.state() == RUNNABLE && sleeps(worker_tid));
         worker_task.server_tid.store(task.tid(), SeqCst);
         run_into_block(task, worker_task);
         assert!(worker_task.blocked_ts.load(SeqCst) > 0);
         ours.write_all(&[0]).unwrap();
         task.await_runnable(worker_task);
-        assert_eq!(
-            STEPS.load(SeqCst),
-            0,
-            "user code ran before the worker was run again"
-        );
+        assert_eq!(STEPS.load(SeqCst), 0, "user code ran before the worker was run again");
         task.run(worker_task);
         assert_eq!(STEPS.load(SeqCst), 1);
     });

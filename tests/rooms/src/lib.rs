@@ -162,24 +162,8 @@ macro_rules! word {
     };
 }
 
-word!(
-    Word32,
-    AtomicU32,
-    u32,
-    rooms_load32,
-    rooms_store32,
-    rooms_xchg32,
-    rooms_cmpxchg32
-);
-word!(
-    Word64,
-    AtomicU64,
-    u64,
-    rooms_load64,
-    rooms_store64,
-    rooms_xchg64,
-    rooms_cmpxchg64
-);
+word!(Word32, AtomicU32, u32, rooms_load32, rooms_store32, rooms_xchg32, rooms_cmpxchg32);
+word!(Word64, AtomicU64, u64, rooms_load64, rooms_store64, rooms_xchg64, rooms_cmpxchg64);
 
 // SAFETY: native/rooms.c defines all of these so; it does nothing with a word but hand it to the functions
 // above, and is compiled to be unwound through.

@@ -85,10 +85,7 @@ fn event_while_about_to_wait(atomics: Atomics) {
     let taken = server.take();
     let told = kernel.join().expect("a panic of a thread is the model's");
     assert!(told == (server.status.load() == RUNNING));
-    assert!(
-        told || taken == [1],
-        "the server waits, and its list is not empty"
-    );
+    assert!(told || taken == [1], "the server waits, and its list is not empty");
 }
 
 #[test]

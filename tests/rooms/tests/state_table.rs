@@ -29,10 +29,7 @@ impl State {
 
 /// The rows of the contract's table, as the program sees them, and what the kernel side does for each.
 const CONTRACT: [(&str, &[(State, State)]); 7] = [
-    (
-        "NONE to RUNNING / RUNNABLE: umcg_register",
-        &[(Free, Active), (Free, New)],
-    ),
+    ("NONE to RUNNING / RUNNABLE: umcg_register", &[(Free, Active), (Free, New)]),
     (
         "RUNNING to BLOCKED: the worker sleeps, or is picked while it sleeps",
         &[(Active, Blocked), (New, Blocked), (Waiting, Blocked)],
@@ -49,30 +46,19 @@ const CONTRACT: [(&str, &[(State, State)]); 7] = [
     ),
     (
         "any to NONE: umcg_unregister, exit, exec",
-        &[
-            (New, Free),
-            (Active, Free),
-            (Waiting, Free),
-            (Serving, Free),
-            (Blocked, Free),
-        ],
+        &[(New, Free), (Active, Free), (Waiting, Free), (Serving, Free), (Blocked, Free)],
     ),
 ];
 
 fn is_in_contract(from: State, to: State) -> bool {
-    CONTRACT
-        .iter()
-        .any(|(_, edges)| edges.contains(&(from, to)))
+    CONTRACT.iter().any(|(_, edges)| edges.contains(&(from, to)))
 }
 
 #[test]
 fn the_table_names_the_edges_of_the_contract() {
-    let contract: BTreeSet<_> = (CONTRACT.iter().flat_map(|(_, edges)| *edges))
-        .map(|(from, to)| (from.name(), to.name()))
-        .collect();
-    let table: Vec<_> = edges()
-        .map(|(from, to)| (from.to_owned(), to.to_owned()))
-        .collect();
+    let contract: BTreeSet<_> =
+        (CONTRACT.iter().flat_map(|(_, edges)| *edges)).map(|(from, to)| (from.name(), to.name())).collect();
+    let table: Vec<_> = edges().map(|(from, to)| (from.to_owned(), to.to_owned())).collect();
     assert_eq!(table.iter().cloned().collect::<BTreeSet<_>>(), contract);
     assert_eq!(table.len(), contract.len(), "an edge is there twice");
 }

@@ -37,10 +37,7 @@ fn bits_while_blocking(atomics: Atomics) {
     program.join().expect("a panic of a thread is the model's");
     let status = status.load();
     assert!(moved, "the kernel side gave up");
-    assert!(
-        status == BLOCKED | WAIT | OWN[0] | OWN[1],
-        "status: {status:#x}"
-    );
+    assert!(status == BLOCKED | WAIT | OWN[0] | OWN[1], "status: {status:#x}");
 }
 
 #[test]
@@ -88,15 +85,9 @@ fn a_change_of_state_ends_the_flags_that_end_with_it() {
     loom::model(|| {
         let all = PREEMPT | WAIT | OWN[0];
         // Leaving RUNNING ends a request to preempt.
-        assert_eq!(
-            moved(RUNNING | all, RUNNING, BLOCKED),
-            Some(BLOCKED | WAIT | OWN[0])
-        );
+        assert_eq!(moved(RUNNING | all, RUNNING, BLOCKED), Some(BLOCKED | WAIT | OWN[0]));
         // Becoming RUNNING ends the wait, too.
-        assert_eq!(
-            moved(RUNNABLE | all, RUNNABLE, RUNNING),
-            Some(RUNNING | OWN[0])
-        );
+        assert_eq!(moved(RUNNABLE | all, RUNNABLE, RUNNING), Some(RUNNING | OWN[0]));
         assert_eq!(moved(RUNNABLE | all, RUNNING, BLOCKED), None);
     });
 }

@@ -5,9 +5,7 @@ mod core;
 
 use loom::sync::Arc;
 use loom::thread;
-use umcg_rooms::{
-    Atomics, check_three, custody_fetch, custody_hold, custody_is_held, custody_release,
-};
+use umcg_rooms::{Atomics, check_three, custody_fetch, custody_hold, custody_is_held, custody_release};
 
 use core::Core;
 
@@ -31,14 +29,8 @@ fn race<const N: usize>(task: Core, cpus: [Cpu; N]) -> Arc<Core> {
 fn assert_runs(task: &Core, expected: u32) {
     task.settle();
     let runs = task.runs();
-    assert!(
-        runs == expected,
-        "the task went on to user code {runs} times"
-    );
-    assert!(
-        !custody_fetch(task.custody().at()),
-        "the task runs, and is still to be fetched"
-    );
+    assert!(runs == expected, "the task went on to user code {runs} times");
+    assert!(!custody_fetch(task.custody().at()), "the task runs, and is still to be fetched");
 }
 
 const SWITCH_OUT: Cpu = Core::enqueue;
@@ -168,9 +160,6 @@ fn a_task_that_runs_can_be_held_whatever_became_of_its_release() {
         task.settle();
         assert_eq!(task.runs(), 1);
         custody_hold(task.custody().at());
-        assert!(
-            custody_is_held(task.custody().at()),
-            "the task cannot be held"
-        );
+        assert!(custody_is_held(task.custody().at()), "the task cannot be held");
     });
 }

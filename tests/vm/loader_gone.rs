@@ -1,0 +1,349 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! The loader ends while a program runs: every wait of a server ends, the program knows, and goes on with futexes.
+//!
+//! The failure this guards against: threads that wait for a scheduler that is not there any more.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, AtomicU32};
+use std::thread::{JoinHandle, sleep, spawn};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use umcg::raw::UMCG_WAIT_ENQUEUE;
+
+use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING};
+use crate::cast::{
+    List, Task, Worker, become_server, become_worker, retire, spawn_server, spawn_worker, wait_until,
+};
+use crate::harness::{Loader, Test};
+use crate::scene::{assert_only, assert_state};
+
+/// What the kernel says of a scheduler that was ejected by hand.
+const EJECTED: &str = "disabled (disabled by sysrq-S)";
+
+pub const TESTS: &[Test] = &[
+    Test::new("a_program_survives_sigkill_of_its_loader", || everything(sigkill)).own_loader(),
+    Test::new("a_program_survives_sigterm_of_its_loader", || everything(sigterm)).own_loader(),
+    Test::new("a_program_survives_the_ejection_of_the_scheduler", || everything(eject))
+        .own_loader()
+        .expects_in_log(EJECTED),
+    Test::new("a_program_may_open_again_while_it_has_tasks_of_before", open_again).own_loader(),
+    Test::new("nobody_hangs_after_sigkill_of_the_loader_under_load", || under_load(sigkill))
+        .own_loader()
+        .limit_s(600),
+    Test::new("nobody_hangs_after_the_ejection_under_load", || under_load(eject))
+        .own_loader()
+        .limit_s(600)
+        .expects_in_log(EJECTED),
+];
+
+fn sigkill(mut loader: Loader) {
+    kill(Pid::from_raw(loader.pid()), Signal::SIGKILL).unwrap();
+    assert_eq!(loader.wait().code(), None);
+}
+
+fn sigterm(mut loader: Loader) {
+    kill(Pid::from_raw(loader.pid()), Signal::SIGTERM).unwrap();
+    assert_eq!(loader.wait().code(), Some(0));
+}
+
+fn eject(mut loader: Loader) {
+    fs::write("/proc/sysrq-trigger", "S").unwrap();
+    assert_eq!(loader.wait().code(), Some(2));
+}
+
+fn open_at(loader: &Loader, max_tasks: u32) {
+    assert_eq!(api::open(Some(&loader.socket), max_tasks, 0), 0);
+    assert_eq!(api::backend(), "sched_ext");
+}
+
+/// The kernel takes a scheduler away in its own time.
+fn await_futex() {
+    wait_until("the program knows", || api::backend() == "futex");
+}
+
+/// Steps of workers that go on.
+static STEPS: AtomicU32 = AtomicU32::new(0);
+static STOP: AtomicBool = AtomicBool::new(false);
+
+fn step() {
+    STEPS.fetch_add(1, SeqCst);
+}
+
+/// The tasks of a program, in every state, but for its RUNNING server.
+struct Program {
+    fresh: Worker,
+    waiting: Worker,
+    captured: Worker,
+    blocked: Worker,
+    wake: UnixStream,
+    idle: Worker,
+    serving: Worker,
+}
+
+impl Program {
+    fn start(server: &'static Task) -> Self {
+        let (wake, mut theirs) = UnixStream::pair().unwrap();
+        let fresh = spawn_worker(server.tid(), |_| step());
+        server.await_runnable(fresh.task);
+        let waiting = spawn_worker(server.tid(), |task| {
+            for _ in 0..10 {
+                assert_eq!(task.switch_to(0), 0);
+                assert_state(task, RUNNING);
+                step();
+            }
+        });
+        server.await_runnable(waiting.task);
+        server.run(waiting.task);
+        let (mut end, mut sleep) = UnixStream::pair().unwrap();
+        let captured = spawn_worker(server.tid(), move |_| {
+            sleep.read_exact(&mut [0]).unwrap();
+            step();
+        });
+        server.await_runnable(captured.task);
+        server.run(captured.task);
+        assert_only(captured.task, &server.take(List::Blocked));
+        end.write_all(&[0]).unwrap();
+        server.await_runnable(captured.task);
+        let blocked = spawn_worker(server.tid(), move |_| {
+            theirs.read_exact(&mut [0]).unwrap();
+            step();
+        });
+        server.await_runnable(blocked.task);
+        server.run(blocked.task);
+        assert_state(blocked.task, BLOCKED);
+        let (idle, serving) = (spawn_idle(), spawn_serving());
+        for task in [idle.task, serving.task] {
+            wait_until("the servers wait", || task.state() == RUNNABLE);
+        }
+        assert_eq!(STEPS.load(SeqCst), 0);
+        Self { fresh, waiting, captured, blocked, wake, idle, serving }
+    }
+}
+
+fn spawn_idle() -> Worker {
+    spawn_server(|task| {
+        assert_eq!(task.switch_to(0), 0);
+        assert_state(task, RUNNING);
+        assert_eq!(api::backend(), "futex");
+    })
+}
+
+fn spawn_serving() -> Worker {
+    spawn_server(|task| {
+        let worker = spawn_worker(task.tid(), |_| {
+            while !STOP.load(SeqCst) {
+                std::hint::spin_loop();
+            }
+        });
+        task.await_runnable(worker.task);
+        task.run(worker.task);
+        assert_state(task, RUNNING);
+        assert_eq!(api::backend(), "futex");
+        STOP.store(true, SeqCst);
+        worker.thread.join().unwrap();
+    })
+}
+
+fn everything(end: fn(Loader)) {
+    let loader = Loader::start(&[]);
+    open_at(&loader, 16);
+    let server = become_server();
+    let mut program = Program::start(server);
+    sleep(Duration::from_millis(50));
+    assert_eq!(STEPS.load(SeqCst), 0);
+    end(loader);
+
+    await_futex();
+    for server in [program.idle, program.serving] {
+        server.thread.join().unwrap();
+    }
+    // The kernel let go of it, and then its thread ended: exclusivity is lost, but not the thread.
+    program.captured.thread.join().unwrap();
+    wait_until("it has counted", || STEPS.load(SeqCst) == 1);
+    program.wake.write_all(&[0]).unwrap();
+    program.blocked.thread.join().unwrap();
+    assert_eq!(STEPS.load(SeqCst), 2);
+    // Those that wait are still waiting, and their server can still run them.
+    server.take(List::Runnable);
+    for steps in 3..=12 {
+        assert_state(program.waiting.task, RUNNABLE);
+        server.run(program.waiting.task);
+        assert_eq!(STEPS.load(SeqCst), steps);
+    }
+    program.waiting.thread.join().unwrap();
+    server.run(program.fresh.task);
+    program.fresh.thread.join().unwrap();
+    assert_eq!(STEPS.load(SeqCst), 13);
+    // A newcomer is served as well.
+    let late = spawn_worker(server.tid(), |task| assert_eq!(task.switch_to(0), 0));
+    server.await_runnable(late.task);
+    for _ in 0..2 {
+        server.run(late.task);
+    }
+    late.thread.join().unwrap();
+    retire(server);
+    assert_eq!(api::close(), 0);
+    assert_eq!(api::backend(), "none");
+
+    let loader = Loader::start(&[]);
+    open_at(&loader, 4);
+    assert_blocks_are_seen();
+    assert_eq!(api::close(), 0);
+}
+
+/// The new scheduler really schedules.
+fn assert_blocks_are_seen() {
+    let (mut wake, mut theirs) = UnixStream::pair().unwrap();
+    let server = become_server();
+    let worker = spawn_worker(server.tid(), move |_| theirs.read_exact(&mut [0]).unwrap());
+    server.await_runnable(worker.task);
+    server.run(worker.task);
+    assert_only(worker.task, &server.take(List::Blocked));
+    wake.write_all(&[0]).unwrap();
+    server.await_runnable(worker.task);
+    server.run(worker.task);
+    assert_state(worker.task, NONE);
+    worker.thread.join().unwrap();
+    retire(server);
+}
+
+fn open_again() {
+    let loader = Loader::start(&[]);
+    open_at(&loader, 4);
+    let server = become_server();
+    let worker = spawn_worker(server.tid(), |task| {
+        for _ in 0..2 {
+            assert_eq!(task.switch_to(0), 0);
+            step();
+        }
+    });
+    server.await_runnable(worker.task);
+    server.run(worker.task);
+    assert_eq!(api::open(Some(&loader.socket), 4, 0), -libc::EALREADY);
+    sigkill(loader);
+
+    let loader = Loader::start(&[]);
+    let newcomer = || {
+        open_at(&loader, 4);
+        assert_blocks_are_seen();
+    };
+    std::thread::scope(|scope| scope.spawn(newcomer).join().unwrap());
+    await_futex(); // for a task of before
+    // The tasks of before go on as they were left.
+    for steps in 1..=2 {
+        server.run(worker.task);
+        assert_eq!(STEPS.load(SeqCst), steps);
+    }
+    worker.thread.join().unwrap();
+    retire(server);
+    assert_eq!(api::close(), 0);
+}
+
+const SERVERS: usize = 2;
+const WORKERS: usize = 10;
+
+fn under_load(end: fn(Loader)) {
+    const TIMES: u64 = 10;
+
+    for time in 0..TIMES {
+        let loader = Loader::start(&[]);
+        open_at(&loader, 32);
+        STOP.store(false, SeqCst);
+        let groups: Vec<_> = (0..SERVERS).map(|_| Group::start()).collect();
+        sleep(Duration::from_micros(50_000 + time * 7919 % 20_000));
+        end(loader);
+        await_futex();
+        sleep(Duration::from_millis(20));
+        STOP.store(true, SeqCst);
+        for group in groups {
+            group.end();
+        }
+        assert_eq!(api::close(), 0);
+        println!("{} steps", STEPS.swap(0, SeqCst));
+    }
+}
+
+/// A server and its workers.
+struct Group {
+    server: &'static Task,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Group {
+    fn start() -> Self {
+        let tasks: Vec<_> = (0..WORKERS).map(|_| Task::alloc()).collect();
+        let theirs = tasks.clone();
+        let server = spawn_server(move |task| serve(task, &theirs));
+        let host = server.task.tid();
+        let work = |(nr, task): (usize, &'static Task)| spawn(move || work(nr, task, host));
+        let threads = tasks.into_iter().enumerate().map(work).chain([server.thread]).collect();
+        Self { server: server.task, threads }
+    }
+
+    /// A worker that was let go ends without being run, so nobody tells its server: this does.
+    fn end(self) {
+        for thread in self.threads {
+            wait_until("the thread ends", || {
+                api::kick(self.server.tid(), 0);
+                thread.is_finished()
+            });
+            thread.join().unwrap();
+        }
+    }
+}
+
+/// It has registered and ended once its user data says so; before it registers its status is NONE, too.
+const ENDED: u64 = 1;
+
+/// Sleeps, computes, yields and waits by turns.
+fn work(nr: usize, task: &'static Task, host: u32) {
+    become_worker(task, host);
+    for round in nr.. {
+        if STOP.load(SeqCst) {
+            break;
+        }
+        match round % 4 {
+            0 => sleep(Duration::from_micros(200)),
+            1 => (0..2000).for_each(|_| std::hint::spin_loop()),
+            2 => std::thread::yield_now(),
+            _ => {
+                task.status.store(RUNNABLE, SeqCst);
+                let answer = api::wait(0, UMCG_WAIT_ENQUEUE);
+                assert_eq!(answer, 0, "back end {}, in round {}", api::backend(), round - nr);
+            }
+        }
+        step();
+    }
+    retire(task);
+    task.user_data.store(ENDED, SeqCst);
+}
+
+/// First in, first out, until all workers have ended. Once exclusivity is lost, one that is let go may be in the queue and
+/// on the list, or RUNNING, or gone: then its turn fails, and is forgotten.
+fn serve(me: &'static Task, workers: &[&'static Task]) {
+    let mut queue = VecDeque::new();
+    loop {
+        me.status.store(RUNNABLE, SeqCst);
+        me.take(List::Blocked);
+        queue.extend(me.take(List::Runnable));
+        if workers.iter().all(|worker| worker.user_data.load(SeqCst) == ENDED) {
+            me.status.store(RUNNING, SeqCst);
+            return;
+        }
+        let next = queue.pop_front();
+        me.next_tid.store(next.map_or(0, |task: &Task| task.tid()), SeqCst);
+        let answer = api::wait(0, 0);
+        if answer != 0 {
+            assert!([-libc::EBUSY, -libc::ESRCH].contains(&answer), "{answer}");
+            assert_eq!(api::backend(), "futex");
+        } else if me.next_tid.load(SeqCst) != 0 {
+            queue.extend(next);
+        }
+    }
+}
