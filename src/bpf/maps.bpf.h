@@ -44,6 +44,8 @@ struct umcg_slot {
 	u32 cell;
 	u32 tid;	 /* in the process's own pid namespace */
 	u32 listed_on;	 /* tid of the server on whose runnable list it was put since it last ran, else 0; under the lock */
+	u32 listed_gen;	 /* list_gen of that server then */
+	u32 list_gen;	 /* server: how often its runnable list was begun anew; under the lock */
 	u64 addr;	 /* of the struct umcg_task in the process */
 	u64 since_ns;	 /* when it was blocked, or captured: for the statistics; under the lock */
 	u32 rounds;	 /* of the sweep since it was parked or released; a lost update costs a round */

@@ -293,13 +293,13 @@ static int ctl_unregister(struct task_struct *p)
 	return tctx && tctx->slot ? retire(tctx, false) : -EINVAL;
 }
 
-/* A waiting worker comes on the list, unless it is, or was taken from it: twice would tie the list to itself. */
+/* A waiting worker comes on the list, unless it is there. */
 static __always_inline void list_again(struct umcg_ref *worker, struct umcg_ref *server,
 				       struct umcg_released *released)
 {
 	if (worker->slot->state != UMCG_WAITING)
 		return;
-	if (worker->slot->listed_on != server->slot->tid)
+	if (!is_listed(worker, server))
 		push_runnable(server, worker);
 	tell_server(server, released);
 }

@@ -26,7 +26,17 @@ static __always_inline void push_runnable(struct umcg_ref *server, struct umcg_r
 {
 	list_push(&server->cell->task.umcg_runnable_ptr, &worker->cell->task.umcg_runnable_ptr,
 		  worker->slot->addr);
+	if (!UMCG_LOAD(&worker->cell->task.umcg_runnable_ptr))
+		server->slot->list_gen++; /* it was empty: the server has taken what was there */
 	worker->slot->listed_on = server->slot->tid;
+	worker->slot->listed_gen = server->slot->list_gen;
+}
+
+/* Still on the list, which the server has not taken since: to push it again would tie the list to itself. */
+static __always_inline bool is_listed(const struct umcg_ref *worker, const struct umcg_ref *server)
+{
+	return worker->slot->listed_on == server->slot->tid && worker->slot->listed_gen == server->slot->list_gen &&
+	       UMCG_LOAD(&server->cell->task.umcg_runnable_ptr);
 }
 
 static __always_inline void become_running(struct umcg_ref *task, struct umcg_released *released)
