@@ -20,8 +20,8 @@
  *
  * The rooms, each of which includes what it needs: atomic, hold, list, state are pure algorithms and are
  * also built natively for the model checker; maps says where everything lives and what the lock covers; serve
- * has the steps that wait, block, capture and register are made of; queue brings released tasks to a CPU;
- * sweep looks after held tasks; policy is for everybody else; compat knows the kernels apart.
+ * has the steps that wait, timeout, block, capture and register are made of; queue brings released tasks to a CPU;
+ * sweep looks after held tasks, and reap runs its rounds; policy is for everybody else; compat knows the kernels apart.
  *
  * The core calls ops.dispatch *before* ops.enqueue of the task that is switched out. So whatever chooses who runs
  * next happens in ops.yield, ops.quiescent and at the head of ops.dispatch; ops.enqueue only parks.
