@@ -19,7 +19,7 @@ use nix::errno::Errno;
 
 use crate::api::{BLOCKED, NONE};
 use crate::cast::{List, Task, become_server, open, retire, spawn_worker};
-use crate::harness::{Test, stat};
+use crate::harness::{Counters, Test};
 use crate::scene::{STEPS, Scene, assert_only, assert_state, assert_was_captured, stand_still};
 use crate::userfault::Userfault;
 
@@ -195,6 +195,7 @@ fn no_sleep() {
     let epoll = new_epoll_of(&full);
     open(4);
     let server = become_server();
+    let counters = Counters::now();
     let worker = spawn_worker(server.tid(), move |_| {
         for _ in 0..1000 {
             assert_eq!(nr_ready(&epoll, 0), 0);
@@ -210,7 +211,7 @@ fn no_sleep() {
     assert!(server.take(List::Blocked).is_empty());
     worker.thread.join().unwrap();
     retire(server);
-    assert_eq!((stat("blocks"), stat("captures")), (0, 0));
+    assert_eq!((counters.added("blocks"), counters.added("captures")), (0, 0));
 }
 
 fn count_around(block: impl FnOnce()) {

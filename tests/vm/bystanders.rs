@@ -14,7 +14,7 @@ use std::time::Duration;
 use nix::time::{ClockId, clock_gettime};
 
 use crate::api::NONE;
-use crate::cast::{List, become_server, nr_cpus, open, pin, retire, scaled, spawn_worker};
+use crate::cast::{List, become_server, nr_cpus, open, pin, retire, spawn_worker};
 use crate::harness::{Loader, Test};
 
 pub const TESTS: &[Test] = &[
@@ -23,7 +23,7 @@ pub const TESTS: &[Test] = &[
     Test::new("in_partial_mode_only_tasks_are_ours", partial).own_loader(),
 ];
 
-const SECONDS: u32 = 3;
+const DURATION: Duration = Duration::from_secs(3);
 /// Of the CPU time that two equal threads get while both want all, the larger may be so many times the smaller.
 const FAIR: u32 = 4;
 
@@ -52,7 +52,7 @@ fn hogs() {
     open(1); // so that the sweep is at work as well
     let server = become_server();
     let hogs: Vec<_> = (0..2 * nr_cpus() + 1).map(|_| std::thread::spawn(hog)).collect();
-    sleep(Duration::from_secs(scaled(SECONDS).into()));
+    sleep(DURATION);
     STOP.store(true, SeqCst);
     let times: Vec<_> = hogs.into_iter().map(|hog| hog.join().unwrap()).collect();
     assert_fair("hogs", &times);
@@ -86,7 +86,7 @@ fn pair() {
         hog()
     });
     let pair = std::thread::spawn(switch_for_ever);
-    sleep(Duration::from_secs(scaled(SECONDS).into()));
+    sleep(DURATION);
     STOP.store(true, SeqCst);
     assert_fair("a pair and a hog", &[pair.join().unwrap(), hog.join().unwrap()]);
 }

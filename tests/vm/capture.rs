@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use crate::api::{NONE, RUNNING, STATE_MASK};
 use crate::cast::{List, Task, Worker, become_server, become_worker, open, pin, retire};
-use crate::harness::{Test, stat};
+use crate::harness::{Counters, Test};
 use crate::rseq::{Area, assert_has_only, restart_without_rseq};
 use crate::scene::{assert_only, assert_state, assert_was_captured};
 
@@ -75,6 +75,7 @@ fn in_a_row(kind: Sleep, rseq_len: Option<u32>, cpus: Cpus) {
     let (reader, mut writer) = pipe().unwrap();
     open(4);
     let server = become_server();
+    let counters = Counters::now();
     let worker = spawn_sleeper(server.tid(), kind, rseq_len, reader);
     server.await_runnable(worker.task);
     assert_eq!(CALLS.load(SeqCst), 0, "a worker ran before it was run");
@@ -91,8 +92,9 @@ fn in_a_row(kind: Sleep, rseq_len: Option<u32>, cpus: Cpus) {
     println!("{TIMES} blocks in {calls} calls: {misses} misses, {moved} seen by the server");
     assert_eq!((misses, moved), (0, 0), "user code ran before the worker was run");
     assert!(calls < 2 * TIMES, "most sleeps did not sleep");
-    assert_eq!(stat("blocks"), stat("captures"));
-    assert!(stat("blocks") >= TIMES, "blocks that the kernel side did not count");
+    let blocks = counters.added("blocks");
+    assert_eq!(blocks, counters.added("captures"));
+    assert!(blocks >= TIMES, "blocks that the kernel side did not count");
 }
 
 /// Runs the worker until it has blocked TIMES times; each time it must come back once. Answers how often it

@@ -244,6 +244,12 @@ pub fn spin_until(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
+/// A plain one, not by way of the library.
+pub fn sched_yield() {
+    // SAFETY: takes no pointers.
+    assert_eq!(unsafe { libc::sched_yield() }, 0);
+}
+
 /// Pins the calling thread to one CPU.
 pub fn pin(cpu: usize) {
     let mut set = nix::sched::CpuSet::new();

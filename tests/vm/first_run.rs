@@ -10,7 +10,7 @@ use std::thread::spawn;
 
 use crate::api::NONE;
 use crate::cast::{List, Task, become_server, become_worker, open, retire};
-use crate::harness::{Test, stat};
+use crate::harness::{Counters, Test};
 use crate::scene::{assert_only, assert_state};
 
 pub const TESTS: &[Test] = &[Test::new("a_worker_that_is_run_before_it_waits_goes_on", run_at_once)];
@@ -22,6 +22,7 @@ fn run_at_once() {
     let server = become_server();
     let task = Task::alloc();
     let server_tid = server.tid();
+    let counters = Counters::now();
     for _ in 0..TIMES {
         let thread = spawn(move || {
             become_worker(task, server_tid);
@@ -33,7 +34,7 @@ fn run_at_once() {
         thread.join().unwrap();
     }
     retire(server);
-    assert_eq!(stat("preemptions"), 0);
+    assert_eq!(counters.added("preemptions"), 0);
 }
 
 /// Takes the runnable list as soon as there is one, without the switch that waiting would be.

@@ -120,19 +120,43 @@ impl Drop for Loader {
     }
 }
 
-/// One counter of the loader that serves this test.
+/// One counter or fact of the loader that serves this test.
 pub fn stat(name: &str) -> u64 {
-    stat_at(Path::new(&env::var_os("UMCG_SOCKET").expect("no loader")), name)
+    stat_at(&own_socket(), name)
+}
+
+/// The counters at one moment. Tests share a loader, so only what has been added since is a test's own.
+pub struct Counters(serde_json::Value);
+
+impl Counters {
+    pub fn now() -> Self {
+        Self(status_at(&own_socket()))
+    }
+
+    pub fn added(&self, name: &str) -> u64 {
+        stat(name) - number(&self.0, name)
+    }
+}
+
+fn own_socket() -> PathBuf {
+    env::var_os("UMCG_SOCKET").expect("no loader").into()
 }
 
 fn stat_at(socket: &Path, name: &str) -> u64 {
+    number(&status_at(socket), name)
+}
+
+fn number(status: &serde_json::Value, name: &str) -> u64 {
+    status[name].as_u64().unwrap_or_else(|| panic!("status has no number {name}: {status}"))
+}
+
+fn status_at(socket: &Path) -> serde_json::Value {
     let output = Command::new(LOADER)
         .args(["status", "--json", "--socket"])
         .arg(socket)
         .output()
         .expect("cannot run status");
-    let json: serde_json::Value = serde_json::from_slice(&output.stdout).expect("status --json is no JSON");
-    json[name].as_u64().unwrap_or_else(|| panic!("status has no number {name}: {json}"))
+    serde_json::from_slice(&output.stdout).expect("status --json is no JSON")
 }
 
 pub fn main(tests: &[Test]) -> ExitCode {

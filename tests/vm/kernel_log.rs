@@ -72,7 +72,7 @@ impl Message {
         if NOISE.iter().any(|noise| self.text.contains(noise)) || self.text.contains(ORDERLY) {
             return false;
         }
-        let enabled = self.text.ends_with("enabled");
+        let enabled = self.text.contains("\" enabled"); // or "enabled (partial)"
         self.level <= KERN_WARNING || (!enabled && ALARMS.iter().any(|alarm| self.text.contains(alarm)))
     }
 }

@@ -18,7 +18,7 @@ use umcg::raw::UMCG_WAIT_ENQUEUE;
 
 use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING};
 use crate::cast::{
-    List, Task, Worker, become_server, become_worker, retire, spawn_server, spawn_worker, wait_until,
+    List, Task, Worker, become_server, become_worker, retire, scaled, spawn_server, spawn_worker, wait_until,
 };
 use crate::harness::{Loader, Test};
 use crate::scene::{assert_only, assert_state};
@@ -249,14 +249,14 @@ const SERVERS: usize = 2;
 const WORKERS: usize = 10;
 
 fn under_load(end: fn(Loader)) {
-    const TIMES: u64 = 10;
+    const TIMES: u32 = 10;
 
-    for time in 0..TIMES {
+    for time in 0..scaled(TIMES) {
         let loader = Loader::start(&[]);
         open_at(&loader, 32);
         STOP.store(false, SeqCst);
         let groups: Vec<_> = (0..SERVERS).map(|_| Group::start()).collect();
-        sleep(Duration::from_micros(50_000 + time * 7919 % 20_000));
+        sleep(Duration::from_micros(50_000 + u64::from(time) * 7919 % 20_000));
         end(loader);
         await_futex();
         sleep(Duration::from_millis(20));

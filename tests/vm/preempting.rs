@@ -19,10 +19,10 @@ use umcg::raw::{UMCG_TF_PREEMPT as PREEMPT, UMCG_WAIT_ENQUEUE};
 
 use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING};
 use crate::cast::{
-    List, Task, Worker, become_server, open, retire, serve_fifo, spawn_server, spawn_worker, spin_until,
-    wait_until,
+    List, Task, Worker, become_server, open, retire, sched_yield, serve_fifo, spawn_server, spawn_worker,
+    spin_until, wait_until,
 };
-use crate::harness::{Test, stat};
+use crate::harness::{Counters, Test};
 use crate::scene::{STEPS, assert_only, assert_state, stand_still};
 
 pub const TESTS: &[Test] = &[
@@ -40,11 +40,6 @@ pub const TESTS: &[Test] = &[
 ];
 
 static STOP: AtomicBool = AtomicBool::new(false);
-
-fn sched_yield() {
-    // SAFETY: takes no pointers.
-    assert_eq!(unsafe { libc::sched_yield() }, 0);
-}
 
 /// Counts, without a system call, until the test stops it.
 fn count_steps() {
@@ -133,7 +128,7 @@ fn compute() {
 fn on_others() {
     let (mut ours, mut theirs) = UnixStream::pair().unwrap();
     open(3);
-    let preemptions = stat("preemptions");
+    let counters = Counters::now();
     let server = become_server();
     let worker = spawn_worker(server.tid(), move |task| {
         theirs.read_exact(&mut [0]).unwrap();
@@ -165,7 +160,7 @@ fn on_others() {
     worker.task.status.fetch_or(PREEMPT, SeqCst);
     run_to_end(server, worker);
     assert!(server.take(List::Runnable).is_empty());
-    assert_eq!(stat("preemptions"), preemptions);
+    assert_eq!(counters.added("preemptions"), 0);
     retire(server);
 }
 
@@ -328,7 +323,7 @@ fn beside_all() {
     const ROUNDS: u32 = 150;
 
     open(4);
-    let preemptions = stat("preemptions");
+    let counters = Counters::now();
     let server = become_server();
     let workers: Vec<_> = (0..3)
         .map(|_| {
@@ -362,7 +357,7 @@ fn beside_all() {
     serve_fifo(server, tasks);
     STOP.store(true, SeqCst);
     assert_eq!(STEPS.load(SeqCst), u64::from(3 * ROUNDS));
-    let preempted = stat("preemptions") - preemptions;
+    let preempted = counters.added("preemptions");
     println!("{preempted} preemptions, plain yields among them");
     assert!(preempted > u64::from(ROUNDS), "nothing was tested");
     asker.join().unwrap();

@@ -22,7 +22,7 @@ use crate::cast::{
     List, Task, Worker, become_server, gettid, open, retire, spawn_server, spawn_worker, spawn_worker_in,
     spin_until, wait_until,
 };
-use crate::harness::{Test, stat};
+use crate::harness::{Counters, Test};
 use crate::scene::{STEPS, assert_only, assert_state, stand_still};
 
 pub const TESTS: &[Test] = &[
@@ -399,6 +399,7 @@ fn storm() {
     }
     handle(look_and_count, SaFlags::SA_RESTART);
     open(4);
+    let counters = Counters::now();
     let server = become_server();
     let worker = spawn_worker(server.tid(), |task| {
         while !STOP.load(SeqCst) {
@@ -438,7 +439,7 @@ fn storm() {
     }
     println!("{} handlers, {} steps", HANDLED.load(SeqCst), STEPS.load(SeqCst));
     assert_eq!(MISSES.load(SeqCst), 0, "user code ran when it was not RUNNING");
-    println!("{} held tasks let go for a signal", stat("signal_releases"));
+    println!("{} held tasks let go for a signal", counters.added("signal_releases"));
     worker.thread.join().unwrap();
     retire(server);
 }

@@ -21,7 +21,7 @@ use crate::api::{self, NONE, RUNNABLE, RUNNING};
 use crate::cast::{
     List, Task, Worker, become_server, open, retire, scaled, spawn_server, spawn_worker, wait_until,
 };
-use crate::harness::{Test, stat};
+use crate::harness::{Counters, Test};
 
 pub const TESTS: &[Test] =
     &[Test::new("200_workers_on_2_servers_stay_exclusive_and_progress", stress).limit_s(600)];
@@ -225,6 +225,7 @@ fn stress() {
     open(WORKERS as u32 + 2);
     // `open` has faulted in what is there now; this keeps what will be touched later.
     mlockall(MlockAllFlags::MCL_FUTURE | on_fault).unwrap();
+    let counters = Counters::now();
     let me = become_server();
     HOSTS[0].tid.store(me.tid(), SeqCst);
     let (meals, pipes): (Vec<_>, Vec<_>) = (0..WORKERS)
@@ -256,7 +257,7 @@ fn stress() {
     for thread in workers.into_iter().map(|worker| worker.thread).chain([second.thread, feeder, clock]) {
         thread.join().unwrap();
     }
-    report(tasks, seconds);
+    report(tasks, seconds, &counters);
     retire(me);
 }
 
@@ -266,7 +267,7 @@ fn spawn_workers(server: &'static Task, meals: Vec<UnixStream>, pipes: &'static 
     meals.into_iter().enumerate().map(spawn).collect()
 }
 
-fn report(tasks: &[&Task], seconds: u32) {
+fn report(tasks: &[&Task], seconds: u32, counters: &Counters) {
     let progress = |task: &&Task| task.user_data.load(SeqCst);
     let (least, most) = (tasks.iter().map(progress).min(), tasks.iter().map(progress).max());
     println!(
@@ -275,10 +276,10 @@ fn report(tasks: &[&Task], seconds: u32) {
         most.unwrap_or(0),
         DIRECT_SWITCHES.load(SeqCst),
         THEFTS.load(SeqCst),
-        stat("blocks"),
-        stat("captures"),
+        counters.added("blocks"),
+        counters.added("captures"),
     );
     assert_eq!(INTRUSIONS.load(SeqCst), 0, "two workers of one host were in user code");
     assert!(least > Some(0), "a worker made no progress");
-    assert!(DIRECT_SWITCHES.load(SeqCst) > 0 && stat("captures") > 0, "nothing was tested");
+    assert!(DIRECT_SWITCHES.load(SeqCst) > 0 && counters.added("captures") > 0, "nothing was tested");
 }
