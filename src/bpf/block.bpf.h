@@ -32,8 +32,7 @@ static __always_inline void task_sleeps(u32 nr)
 	struct umcg_ref self, host;
 	struct umcg_domain *domain;
 	u64 now_ns = bpf_ktime_get_ns();
-	bool blocked = false, again = true;
-	int i;
+	bool blocked;
 
 	if (!ref_get(&self, nr))
 		return;
@@ -41,18 +40,11 @@ static __always_inline void task_sleeps(u32 nr)
 	if (!domain)
 		return;
 	self.slot->at_boundary = false;
-
-	for (i = 0; i < UMCG_LOOK_UPS && again; i++) {
-		if (!ref_get(&host, self.slot->host))
-			host.slot = NULL;
-		bpf_spin_lock(&domain->lock);
-		again = self.slot->host != host.nr; /* it was started, or taken over, meanwhile */
-		if (!again)
-			blocked = worker_blocks(&self, &host, now_ns, &released);
-		if (!blocked && self.slot->state != UMCG_BLOCKED)
-			self.slot->asleep = true;
-		bpf_spin_unlock(&domain->lock);
-	}
+	lock_with_host(domain, &self, &host);
+	blocked = worker_blocks(&self, &host, now_ns, &released);
+	if (!blocked && self.slot->state != UMCG_BLOCKED)
+		self.slot->asleep = true;
+	bpf_spin_unlock(&domain->lock);
 
 	/* A held task that sleeps does so deep in the kernel, perhaps with locks: it is held again at the boundary. */
 	custody_unhold(&self.slot->custody);

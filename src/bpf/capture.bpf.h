@@ -72,11 +72,7 @@ static __always_inline bool capture_locked(struct umcg_ref *self, struct umcg_re
 	if (self->slot->state != UMCG_BLOCKED)
 		return false;
 	status_show(&self->cell->task.umcg_status, UMCG_STATE_RUNNABLE);
-	self->cell->task.umcg_runnable_ts = now_ns;
-	self->slot->captured = true;
-	self->slot->is_server = false;
-	self->slot->deadline_ns = 0;
-	stop(self, UMCG_WAITING);
+	stop_captured(self, now_ns);
 	if (!server->slot)
 		return true; /* gone: held until it names a living one and is kicked */
 	push_runnable(server, self);
@@ -88,8 +84,8 @@ static __always_inline void capture(struct task_struct *p, u32 nr, struct umcg_r
 {
 	struct umcg_ref self, server, host;
 	struct umcg_domain *domain;
-	bool preempted = false;
-	u64 now_ns, blocked_ns = 0;
+	bool captured, preempted = false;
+	u64 now_ns, since_ns;
 	u32 server_tid;
 
 	if (!ref_get(&self, nr))
@@ -101,26 +97,22 @@ static __always_inline void capture(struct task_struct *p, u32 nr, struct umcg_r
 	server_tid = UMCG_LOAD(&self.cell->task.umcg_server_tid);
 	if (!ref_find(&server, self.slot->domain, server_tid) || !ref_is_server(&server))
 		server.slot = NULL;
-	if (!ref_get(&host, self.slot->host))
-		host.slot = NULL;
 	now_ns = bpf_ktime_get_ns();
 
-	bpf_spin_lock(&domain->lock);
+	lock_with_host(domain, &self, &host);
 	if (server.slot && !ref_is(&server, self.slot->domain, server_tid))
 		server.slot = NULL;
-	if (capture_locked(&self, &server, now_ns, released)) {
-		blocked_ns = now_ns - self.slot->since_ns;
-		self.slot->since_ns = now_ns;
-	} else if (UMCG_LOAD(&self.cell->task.umcg_status) & UMCG_TF_PREEMPT) {
+	since_ns = self.slot->since_ns;
+	captured = capture_locked(&self, &server, now_ns, released);
+	if (!captured && UMCG_LOAD(&self.cell->task.umcg_status) & UMCG_TF_PREEMPT)
 		preempted = worker_preempted(&self, &host, now_ns, released);
-	}
 	bpf_spin_unlock(&domain->lock);
 
 	if (preempted)
 		STAT_INC(preemptions);
-	if (blocked_ns) {
+	if (captured) {
 		STAT_INC(captures);
-		STAT_ADD(blocked_ns, blocked_ns);
+		STAT_ADD(blocked_ns, now_ns - since_ns);
 	}
 }
 

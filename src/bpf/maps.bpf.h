@@ -43,7 +43,7 @@ struct umcg_slot {
 	u32 domain;	 /* constant while registered, like all below up to addr */
 	u32 cell;
 	u32 tid;	 /* in the process's own pid namespace */
-	u32 listed_on;	 /* tid of the server on whose runnable list it was put since it last ran, else 0; under the lock */
+	u32 listed_on;	 /* tid of the server on whose runnable list it was put last, else 0; under the lock */
 	u32 listed_gen;	 /* list_gen of that server then */
 	u32 list_gen;	 /* server: how often its runnable list was begun anew; under the lock */
 	u64 addr;	 /* of the struct umcg_task in the process */
@@ -230,6 +230,11 @@ static __always_inline bool ref_is_server(const struct umcg_ref *ref)
 {
 	return UMCG_LOAD(&ref->cell->task.umcg_server_tid) == ref->slot->tid;
 }
+
+/* Registered tasks of all domains; atomics. */
+u32 nr_registered;
+/* No slot at or above was ever given to a domain. Written by the loader's program. */
+u32 slot_limit;
 
 /* First illegal edge ever asked for, (from << 8 | to) + 1. */
 u32 illegal_edge;

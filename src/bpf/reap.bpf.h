@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * The rounds of the sweep (sweep.bpf.h), which also retires who died unseen (register.bpf.h).
+ * The rounds of the sweep (sweep.bpf.h), which also retires who died unseen (retire.bpf.h).
  */
 #ifndef UMCG_REAP_BPF_H
 #define UMCG_REAP_BPF_H
 
-#include "register.bpf.h"
+#include "retire.bpf.h"
 #include "sweep.bpf.h"
 
 static __always_inline void sweep_slot(u32 nr)

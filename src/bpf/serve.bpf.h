@@ -22,21 +22,25 @@ static __always_inline void push_blocked(struct umcg_ref *server, struct umcg_re
 	list_push(&server->cell->task.umcg_blocked_ptr, &worker->cell->task.umcg_blocked_ptr, worker->slot->addr);
 }
 
+/* On the list, which the server has not taken since. */
+static __always_inline bool is_listed(const struct umcg_ref *worker, const struct umcg_ref *server)
+{
+	return worker->slot->listed_on == server->slot->tid && worker->slot->listed_gen == server->slot->list_gen &&
+	       UMCG_LOAD(&server->cell->task.umcg_runnable_ptr);
+}
+
+/* A worker that is on the list already, because somebody ran it without taking the list, stays where it is: to
+ * push it again would tie the list to itself. */
 static __always_inline void push_runnable(struct umcg_ref *server, struct umcg_ref *worker)
 {
+	if (is_listed(worker, server))
+		return;
 	list_push(&server->cell->task.umcg_runnable_ptr, &worker->cell->task.umcg_runnable_ptr,
 		  worker->slot->addr);
 	if (!UMCG_LOAD(&worker->cell->task.umcg_runnable_ptr))
 		server->slot->list_gen++; /* it was empty: the server has taken what was there */
 	worker->slot->listed_on = server->slot->tid;
 	worker->slot->listed_gen = server->slot->list_gen;
-}
-
-/* Still on the list, which the server has not taken since: to push it again would tie the list to itself. */
-static __always_inline bool is_listed(const struct umcg_ref *worker, const struct umcg_ref *server)
-{
-	return worker->slot->listed_on == server->slot->tid && worker->slot->listed_gen == server->slot->list_gen &&
-	       UMCG_LOAD(&server->cell->task.umcg_runnable_ptr);
 }
 
 static __always_inline void become_running(struct umcg_ref *task, struct umcg_released *released)
@@ -74,11 +78,43 @@ static __always_inline void end_serving(struct umcg_ref *worker, struct umcg_ref
 	worker->slot->host = 0;
 }
 
+/*
+ * Takes the lock, with @host looked up as it is then: a worker may be taken over while nobody has the lock. If that
+ * goes on, there is no host to speak of.
+ */
+static __always_inline void lock_with_host(struct umcg_domain *domain, const struct umcg_ref *self,
+					   struct umcg_ref *host)
+{
+	int i;
+
+	for (i = 0; i < UMCG_LOOK_UPS; i++) {
+		if (!ref_get(host, self->slot->host))
+			host->slot = NULL;
+		bpf_spin_lock(&domain->lock);
+		if (self->slot->host == host->nr)
+			return;
+		bpf_spin_unlock(&domain->lock);
+	}
+	host->slot = NULL;
+	bpf_spin_lock(&domain->lock);
+}
+
 /* It stops at a place where it may be kept: inside umcg_wait(), or at the boundary to user code. */
 static __always_inline void stop(struct umcg_ref *task, u32 state)
 {
 	set_state(task->slot, state);
 	custody_hold(&task->slot->custody);
+}
+
+/* The kernel side stops a worker that has not asked for it. */
+static __always_inline void stop_captured(struct umcg_ref *self, u64 now_ns)
+{
+	self->cell->task.umcg_runnable_ts = now_ns;
+	self->slot->since_ns = now_ns;
+	self->slot->captured = true;
+	self->slot->is_server = false;
+	self->slot->deadline_ns = 0;
+	stop(self, UMCG_WAITING);
 }
 
 /*
@@ -88,18 +124,11 @@ static __always_inline void stop(struct umcg_ref *task, u32 state)
 static __always_inline bool worker_preempted(struct umcg_ref *self, struct umcg_ref *host, u64 now_ns,
 					     struct umcg_released *released)
 {
-	struct umcg_task *task = &self->cell->task;
-
 	if (self->slot->state != UMCG_ACTIVE || !hosted_by(self, host))
 		return false;
-	if (!status_move(&task->umcg_status, UMCG_STATE_RUNNING, UMCG_STATE_RUNNABLE))
+	if (!status_move(&self->cell->task.umcg_status, UMCG_STATE_RUNNING, UMCG_STATE_RUNNABLE))
 		return false; /* it marked itself: its umcg_wait() comes in a moment */
-	task->umcg_runnable_ts = now_ns;
-	self->slot->since_ns = now_ns;
-	self->slot->captured = true;
-	self->slot->is_server = false;
-	self->slot->deadline_ns = 0;
-	stop(self, UMCG_WAITING);
+	stop_captured(self, now_ns);
 	push_runnable(host, self);
 	end_serving(self, host, released);
 	return true;

@@ -64,7 +64,7 @@ static __always_inline bool state_may_become(u32 from, u32 to)
 }
 
 /* Only a program that hammers its own status word makes more than two attempts fail. */
-#define UMCG_STATUS_ATTEMPTS 8
+#define UMCG_STATUS_ATTEMPTS 4
 
 /* Changes the state bits @from one state @to another, clears the flags @ends, and keeps all other bits. */
 static __always_inline bool status_change(u32 *status, u32 from, u32 to, u32 ends)

@@ -36,10 +36,6 @@ struct {
 	__type(value, struct umcg_sweep);
 } sweeps SEC(".maps");
 
-/* Registered tasks of all domains; atomics. */
-u32 nr_registered;
-/* No slot at or above was ever given to a domain. Written by the loader's program. */
-u32 slot_limit;
 /* 1 while the timer is armed; exchange. */
 u32 sweep_armed;
 

@@ -20,8 +20,9 @@
  *
  * The rooms, each of which includes what it needs: atomic, hold, list, state are pure algorithms and are
  * also built natively for the model checker; maps says where everything lives and what the lock covers; serve
- * has the steps that wait, timeout, block, capture and register are made of; queue brings released tasks to a CPU;
- * sweep looks after held tasks, and reap runs its rounds; policy is for everybody else; compat knows the kernels apart.
+ * has the steps that wait, timeout, block, capture, register and retire are made of; control is the program that clients
+ * call, admin the loader's; queue brings released tasks to a CPU; sweep looks after held tasks, and reap runs its
+ * rounds; policy is for everybody else; compat knows the kernels apart.
  *
  * The core calls ops.dispatch *before* ops.enqueue of the task that is switched out. So whatever chooses who runs
  * next happens in ops.yield, ops.quiescent and at the head of ops.dispatch; ops.enqueue only parks.
@@ -29,11 +30,12 @@
 #include <scx/common.bpf.h>
 #include <scx/compat.bpf.h>
 
+#include "admin.bpf.h"
 #include "block.bpf.h"
 #include "capture.bpf.h"
+#include "control.bpf.h"
 #include "policy.bpf.h"
 #include "reap.bpf.h"
-#include "register.bpf.h"
 #include "sweep.bpf.h"
 #include "wait.bpf.h"
 

@@ -77,7 +77,6 @@ static __always_inline int start_worker(struct umcg_wait *w, struct umcg_ref *ho
 	}
 	if (state != UMCG_ACTIVE)
 		set_state(worker->slot, UMCG_ACTIVE);
-	worker->slot->listed_on = 0;
 	worker->slot->host = host->nr;
 	host->slot->serving = worker->nr;
 	if (custody_release(&worker->slot->custody))
@@ -165,10 +164,8 @@ static __always_inline int worker_waits(struct umcg_wait *w)
 		ret = start_worker(w, &w->host);
 		if (ret < 0)
 			return ret;
-		self->cell->task.umcg_next_tid = 0;
-	} else if (w->next_tid) {
-		self->cell->task.umcg_next_tid = 0;
 	}
+	self->cell->task.umcg_next_tid = 0;
 
 	/* From here on self has stopped; if it started another worker, that one has its host now. */
 	stop(self, UMCG_WAITING);
@@ -311,10 +308,10 @@ static __always_inline void task_yields(struct task_struct *p, struct umcg_ref *
 	bool stopped;
 
 	scx_bpf_task_set_slice(p, 0);
-	if (!domain || !self->slot->host || !ref_get(&host, self->slot->host))
+	if (!domain || !self->slot->host)
 		return;
 	now_ns = bpf_ktime_get_ns();
-	bpf_spin_lock(&domain->lock);
+	lock_with_host(domain, self, &host);
 	stopped = worker_preempted(self, &host, now_ns, &released);
 	bpf_spin_unlock(&domain->lock);
 	if (!stopped)

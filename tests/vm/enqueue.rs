@@ -7,12 +7,15 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering::SeqCst;
+use std::thread::sleep;
+use std::time::Duration;
 
 use umcg::raw::{UMCG_TF_PREEMPT, UMCG_WAIT_ENQUEUE};
 
 use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING};
 use crate::cast::{
-    List, Task, Worker, become_server, open, retire, spawn_server, spawn_worker, spin_until, wait_until,
+    List, Task, Worker, become_server, open, retire, sched_yield, spawn_server, spawn_worker, spin_until,
+    wait_until,
 };
 use crate::harness::Test;
 use crate::scene::{STEPS, assert_only, assert_state, stand_still};
@@ -27,6 +30,7 @@ pub const TESTS: &[Test] = &[
     Test::new("kick_queues_a_worker_at_the_server_that_it_names", kick_moved),
     Test::new("a_captured_worker_without_a_server_waits_for_one", orphan),
     Test::new("kick_leaves_who_does_not_wait_alone", kick_others),
+    Test::new("a_worker_that_is_run_from_an_untaken_list_stays_on_it_once", untaken),
 ];
 
 fn wait_enqueued(task: &Task, next: u32) -> i32 {
@@ -344,5 +348,35 @@ fn kick_others() {
     let tid = sleeper.task.tid();
     run_to_end(server, sleeper);
     assert_eq!(api::kick(tid, 0), -libc::ESRCH);
+    retire(server);
+}
+
+/// A second push of an entry would tie the list to itself, and whoever takes it would walk for ever.
+fn untaken() {
+    open(3);
+    let server = become_server();
+    let spawn = || {
+        let worker = spawn_worker(server.tid(), |task| {
+            assert_eq!(wait_enqueued(task, 0), 0);
+            sleep(Duration::from_millis(1));
+            sched_yield();
+        });
+        let addr = worker.task.as_ptr().addr() as u64;
+        wait_until("it is announced", || server.runnable_ptr.load(SeqCst) == addr);
+        worker
+    };
+    let (first, second) = (spawn(), spawn());
+    for worker in [&first, &second] {
+        server.run(worker.task); // waits
+        server.run(worker.task); // blocks
+        assert_only(worker.task, &server.take(List::Blocked));
+        wait_until("it is captured", || worker.task.state() == RUNNABLE);
+        server.run(worker.task); // yields
+    }
+    let tasks = server.take(List::Runnable);
+    assert!(tasks.len() == 2 && std::ptr::eq(tasks[0], first.task) && std::ptr::eq(tasks[1], second.task));
+    run_to_end(server, first);
+    run_to_end(server, second);
+    assert!(lists_are_empty(server));
     retire(server);
 }

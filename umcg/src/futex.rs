@@ -4,7 +4,7 @@
 //! It switches cooperatively between tasks that call `umcg_wait`: the next task's status goes from RUNNABLE to RUNNING
 //! by compare-and-exchange, its thread is woken, and the caller sleeps on its own status word. It does not see
 //! tasks block, captures nobody and preempts nobody. Its steps and errors are those of the kernel side
-//! (`src/bpf/wait.bpf.h`, `serve.bpf.h`, `register.bpf.h`); where they differ, this file is wrong.
+//! (`src/bpf/wait.bpf.h`, `serve.bpf.h`, `register.bpf.h`, `retire.bpf.h`); where they differ, this file is wrong.
 //!
 //! Who serves whom is kept here, under a lock. A lock will do: no kernel side stops a worker that has it. Signals are
 //! blocked meanwhile, or a handler that waits or kicks could deadlock with the thread that it interrupted.

@@ -1,0 +1,103 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * How tasks go: they unregister, exit or call exec, or they die.
+ *
+ * A slot is taken out of `tids` and emptied first, and given up under the lock last: see register.bpf.h.
+ */
+#ifndef UMCG_RETIRE_BPF_H
+#define UMCG_RETIRE_BPF_H
+
+#include "serve.bpf.h"
+
+/* Gives the slot up: from here on anybody may claim it. Under the lock. */
+static __always_inline void retire_locked(struct umcg_domain *domain, struct umcg_ref *self,
+					  struct umcg_ref *host, struct umcg_ref *server, u64 now_ns,
+					  struct umcg_released *released)
+{
+	domain->nr_tasks--;
+	set_state(self->slot, UMCG_FREE);
+	status_show(&self->cell->task.umcg_status, UMCG_STATE_NONE);
+	end_serving(self, host, released);
+	self->slot->serving = 0;
+	UMCG_XCHG(&self->slot->custody, UMCG_CUSTODY_FREE);
+	if (!server->slot)
+		return;
+	self->cell->task.umcg_runnable_ts = now_ns;
+	push_runnable(server, self);
+	tell_server(server, released);
+}
+
+/* @surprise: it did not unregister; its server learns of it by the runnable list. */
+static __always_inline int retire_slot(u32 nr, struct umcg_task_ctx *tctx, bool surprise)
+{
+	struct umcg_released released = {};
+	struct umcg_ref self, host, server;
+	struct umcg_tid_key key = {};
+	struct umcg_domain *domain;
+	struct task_struct *old;
+	u64 now_ns = bpf_ktime_get_ns();
+	u32 server_tid;
+
+	if (!ref_get(&self, nr))
+		return -EINVAL;
+	domain = domain_of(self.slot->domain);
+	if (!domain)
+		return -EINVAL;
+	if (!surprise && UMCG_LOAD(&self.slot->serving))
+		return -EBUSY; /* only its own umcg_wait() can change that to yes */
+	key.domain = self.slot->domain;
+	key.tid = self.slot->tid;
+	server_tid = UMCG_LOAD(&self.cell->task.umcg_server_tid);
+	if (!surprise || server_tid == key.tid || !ref_find(&server, key.domain, server_tid) ||
+	    !ref_is_server(&server))
+		server.slot = NULL;
+
+	/* Empty it before it is free: the next registration may claim it the moment that it is. */
+	if (tctx)
+		tctx->slot = 0;
+	bpf_map_delete_elem(&tids, &key);
+	old = bpf_kptr_xchg(&self.slot->task, NULL);
+	if (!old)
+		return -EINVAL; /* somebody else is at it */
+	bpf_task_release(old);
+
+	lock_with_host(domain, &self, &host);
+	if (server.slot && !ref_is(&server, key.domain, server_tid))
+		server.slot = NULL;
+	retire_locked(domain, &self, &host, &server, now_ns, &released);
+	bpf_spin_unlock(&domain->lock);
+	__sync_fetch_and_add(&nr_registered, -1);
+	bpf_rcu_read_lock();
+	queue_released(&released);
+	bpf_rcu_read_unlock();
+	return 0;
+}
+
+static __always_inline int retire(struct umcg_task_ctx *tctx, bool surprise)
+{
+	return retire_slot(tctx->slot, tctx, surprise);
+}
+
+/* Exits in whatever state: what SIGKILL leaves of a task is this. */
+SEC("tp_btf/sched_process_exit")
+int BPF_PROG(umcg_task_exit, struct task_struct *p)
+{
+	struct umcg_task_ctx *tctx = bpf_task_storage_get(&task_ctxs, p, 0, 0);
+
+	if (tctx && tctx->slot)
+		retire(tctx, true);
+	return 0;
+}
+
+/* The program that registered is gone; the new image starts unregistered. */
+SEC("tp_btf/sched_process_exec")
+int BPF_PROG(umcg_task_exec, struct task_struct *p)
+{
+	struct umcg_task_ctx *tctx = bpf_task_storage_get(&task_ctxs, p, 0, 0);
+
+	if (tctx && tctx->slot)
+		retire(tctx, true);
+	return 0;
+}
+
+#endif /* UMCG_RETIRE_BPF_H */
