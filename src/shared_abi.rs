@@ -36,6 +36,8 @@ pub const UMCG_DOMAIN_PARTIAL: u32 = 1;
 
 /// In `umcg_call.flags`: the kernel side has not seen this wait yet.
 pub const UMCG_CALL_NEW: u32 = 0x8000_0000;
+/// In `umcg_call.flags`: the library yields again for a wait that the kernel side has seen.
+pub const UMCG_CALL_AGAIN: u32 = 0x4000_0000;
 
 /// Binds a domain to the calling process.
 pub const UMCG_CTL_ATTACH: u32 = 1;

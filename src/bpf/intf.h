@@ -31,11 +31,16 @@
  * switch, to tell a server) is still to be done, and is not done twice.
  */
 #define UMCG_CALL_NEW 0x80000000U
+/*
+ * In umcg_call.flags: a further sched_yield(2) of a umcg_wait() that the kernel side has seen. Without one of the two
+ * flags it is a signal handler's own, which interrupted the wait.
+ */
+#define UMCG_CALL_AGAIN 0x40000000U
 
 /* The library's to the kernel side and back, for the umcg_wait() in progress. */
 struct umcg_call {
 	uint64_t timeout_ns; /* written by the library */
-	uint32_t flags;	     /* UMCG_WAIT_* and UMCG_CALL_NEW: written by the library; 0 once the kernel side has read it */
+	uint32_t flags;	     /* UMCG_WAIT_* and UMCG_CALL_*: written by the library; 0 once the kernel side has read it */
 	int32_t result;	     /* written by the kernel side: 0 or -errno; the library zeroes it first */
 	uint64_t reserved[6];
 };

@@ -236,6 +236,9 @@ u32 nr_registered;
 /* No slot at or above was ever given to a domain. Written by the loader's program. */
 u32 slot_limit;
 
+/* The scheduler ends, or has: what is shared is the library's alone, which goes on without us. */
+bool epoch_over;
+
 /* First illegal edge ever asked for, (from << 8 | to) + 1. */
 u32 illegal_edge;
 

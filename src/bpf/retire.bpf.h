@@ -78,14 +78,22 @@ static __always_inline int retire(struct umcg_task_ctx *tctx, bool surprise)
 	return retire_slot(tctx->slot, tctx, surprise);
 }
 
+static __always_inline void retire_by_surprise(struct task_struct *p)
+{
+	struct umcg_task_ctx *tctx;
+
+	if (UMCG_LOAD(&epoch_over))
+		return;
+	tctx = bpf_task_storage_get(&task_ctxs, p, 0, 0);
+	if (tctx && tctx->slot)
+		retire(tctx, true);
+}
+
 /* Exits in whatever state: what SIGKILL leaves of a task is this. */
 SEC("tp_btf/sched_process_exit")
 int BPF_PROG(umcg_task_exit, struct task_struct *p)
 {
-	struct umcg_task_ctx *tctx = bpf_task_storage_get(&task_ctxs, p, 0, 0);
-
-	if (tctx && tctx->slot)
-		retire(tctx, true);
+	retire_by_surprise(p);
 	return 0;
 }
 
@@ -93,10 +101,7 @@ int BPF_PROG(umcg_task_exit, struct task_struct *p)
 SEC("tp_btf/sched_process_exec")
 int BPF_PROG(umcg_task_exec, struct task_struct *p)
 {
-	struct umcg_task_ctx *tctx = bpf_task_storage_get(&task_ctxs, p, 0, 0);
-
-	if (tctx && tctx->slot)
-		retire(tctx, true);
+	retire_by_surprise(p);
 	return 0;
 }
 

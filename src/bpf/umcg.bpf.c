@@ -43,6 +43,15 @@ char _license[] SEC("license") = "GPL";
 
 UEI_DEFINE(uei);
 
+/*
+ * A plain sched_yield(2) means something else. The status tells that the task is inside umcg_wait(); a handler may
+ * have interrupted that, and yield on its own, so the library announces each sched_yield(2) of the wait, too.
+ */
+static __always_inline bool is_wait(const struct umcg_ref *self)
+{
+	return UMCG_LOAD(&self->cell->task.umcg_status) & UMCG_TF_WAIT && UMCG_LOAD(&self->cell->call.flags);
+}
+
 bool BPF_STRUCT_OPS(umcg_yield, struct task_struct *from, struct task_struct *to)
 {
 	u32 nr;
@@ -53,7 +62,7 @@ bool BPF_STRUCT_OPS(umcg_yield, struct task_struct *from, struct task_struct *to
 	nr = slot_of(from);
 	if (!nr || !ref_get(&self, nr))
 		scx_bpf_task_set_slice(from, 0);
-	else if (UMCG_LOAD(&self.cell->task.umcg_status) & UMCG_TF_WAIT)
+	else if (is_wait(&self))
 		umcg_waits(from, nr);
 	else
 		task_yields(from, &self);
@@ -250,6 +259,7 @@ static __always_inline void end_epoch(void)
 	struct umcg_header *header;
 	u32 domain;
 
+	epoch_over = true;
 	bpf_for(domain, 0, max_domains) {
 		header = (void *)cell_at(domain, 0);
 		if (header)

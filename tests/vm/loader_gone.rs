@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::thread::{JoinHandle, sleep, spawn};
@@ -33,6 +34,7 @@ pub const TESTS: &[Test] = &[
         .own_loader()
         .expects_in_log(EJECTED),
     Test::new("a_program_may_open_again_while_it_has_tasks_of_before", open_again).own_loader(),
+    Test::new("who_ends_after_the_ejection_is_on_no_list", ended_after).own_loader().expects_in_log(EJECTED),
     Test::new("nobody_hangs_after_sigkill_of_the_loader_under_load", || under_load(sigkill))
         .own_loader()
         .limit_s(600),
@@ -243,6 +245,27 @@ fn open_again() {
     worker.thread.join().unwrap();
     retire(server);
     assert_eq!(api::close(), 0);
+}
+
+/// The loader is stopped, so that its programs stay attached: they must leave to the library what is the library's now.
+fn ended_after() {
+    let loader = Loader::start(&[]);
+    open_at(&loader, 4);
+    let server = become_server();
+    let worker = spawn_worker(server.tid(), |task| assert_eq!(task.switch_to(0), 0));
+    server.await_runnable(worker.task);
+    server.run(worker.task);
+    kill(Pid::from_raw(loader.pid()), Signal::SIGSTOP).unwrap();
+    fs::write("/proc/sysrq-trigger", "S").unwrap();
+    await_futex();
+
+    let thread = format!("/proc/self/task/{}", worker.task.tid());
+    server.run(worker.task);
+    worker.thread.join().unwrap();
+    wait_until("its thread is gone", || !Path::new(&thread).exists());
+    assert!(server.take(List::Runnable).is_empty(), "reported by two");
+    kill(Pid::from_raw(loader.pid()), Signal::SIGCONT).unwrap();
+    retire(server);
 }
 
 const SERVERS: usize = 2;

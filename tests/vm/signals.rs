@@ -19,14 +19,15 @@ use umcg::raw::UMCG_TF_PREEMPT;
 
 use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING};
 use crate::cast::{
-    List, Task, Worker, become_server, gettid, open, retire, spawn_server, spawn_worker, spawn_worker_in,
-    spin_until, wait_until,
+    List, Task, Worker, become_server, gettid, open, retire, sched_yield, spawn_server, spawn_worker,
+    spawn_worker_in, spin_until, wait_until,
 };
 use crate::harness::{Counters, Test};
 use crate::scene::{STEPS, assert_only, assert_state, stand_still};
 
 pub const TESTS: &[Test] = &[
     Test::new("handlers_of_an_idle_server_run_and_it_waits_on", idle_server),
+    Test::new("a_handler_that_yields_in_an_idle_server_goes_on", yielding_handler),
     Test::new("handlers_of_a_serving_server_run_and_it_waits_on", serving_server),
     Test::new("umcg_wait_in_a_handler_that_interrupted_it_fails", wait_in_handler),
     Test::new("a_timeout_does_not_start_again_after_a_handler", timeout),
@@ -83,9 +84,24 @@ fn set_mask(how: SigmaskHow) {
 }
 
 fn idle_server() {
+    interrupt_idle_server(count);
+}
+
+/// A yield of the handler's own is not the wait that it interrupted.
+fn yielding_handler() {
+    extern "C" fn yield_and_count(signal: i32) {
+        for _ in 0..3 {
+            sched_yield();
+        }
+        count(signal);
+    }
+    interrupt_idle_server(yield_and_count);
+}
+
+fn interrupt_idle_server(handler: extern "C" fn(i32)) {
     static ENDED: AtomicBool = AtomicBool::new(false);
 
-    handle(count, SaFlags::empty());
+    handle(handler, SaFlags::empty());
     open(1);
     let server = spawn_server(|task| {
         assert_eq!(task.switch_to(0), 0);

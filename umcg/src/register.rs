@@ -11,8 +11,8 @@ use crate::memory::Index;
 use crate::process;
 use crate::rseq;
 use crate::shared_abi::{
-    UMCG_CTL_KICK, UMCG_CTL_REGISTER, UMCG_CTL_RSEQ, UMCG_CTL_UNREGISTER, UMCG_STATE_RUNNABLE,
-    UMCG_STATE_RUNNING, umcg_ctl_args,
+    UMCG_CALL_AGAIN, UMCG_CTL_KICK, UMCG_CTL_REGISTER, UMCG_CTL_RSEQ, UMCG_CTL_UNREGISTER,
+    UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING, umcg_ctl_args,
 };
 use crate::sys;
 use crate::thread::{self, Loan, Thread};
@@ -34,7 +34,7 @@ pub(crate) fn register(inner: Arc<Inner>, addr: u64) -> Result<(), Errno> {
         claim(thread, inner, index, tid)?;
         if let Some(me) = thread.registration().filter(|_| !is_server) {
             // For its first run. Its server has been told, so this is no new call; and its result is none of the program's.
-            let _ = wait::switch(me, 0, 0);
+            let _ = wait::switch(me, 0, UMCG_CALL_AGAIN);
         }
         Ok(())
     })

@@ -10,7 +10,8 @@ use std::sync::atomic::Ordering;
 use crate::errno::Errno;
 use crate::futex::Entry;
 use crate::shared_abi::{
-    UMCG_CALL_NEW, UMCG_STATE_NONE, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING, UMCG_WAIT_ENQUEUE,
+    UMCG_CALL_AGAIN, UMCG_CALL_NEW, UMCG_STATE_NONE, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING,
+    UMCG_WAIT_ENQUEUE,
 };
 use crate::sys;
 use crate::thread::{self, Registration};
@@ -77,6 +78,7 @@ pub(crate) fn switch(me: Registration<'_>, timeout_ns: u64, flags: u32) -> Resul
             if !inner.is_scheduled() {
                 return inner.futex.wait(me, timeout_ns, flags, Entry::LetGo);
             }
+            task.call_flags.fetch_or(UMCG_CALL_AGAIN, Ordering::Relaxed);
             sys::sched_yield();
         }
     }
