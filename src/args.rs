@@ -64,6 +64,14 @@ pub(crate) struct LoadArgs {
     #[arg(long, value_name = "N", default_value_t = 16384, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     pub(crate) max_tasks: u32,
 
+    /// Domains of one user, root aside [default: half of --max-domains]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(crate) max_domains_per_user: Option<u32>,
+
+    /// Tasks of all domains of one user, root aside [default: half of --max-tasks]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pub(crate) max_tasks_per_user: Option<u32>,
+
     /// Time slice in microseconds
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 5000, value_parser = clap::value_parser!(u32).range(100..=1_000_000))]
     pub(crate) slice_us: u32,

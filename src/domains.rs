@@ -13,7 +13,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use nix::errno::Errno;
+use nix::unistd::Uid;
 
+use crate::args::LoadArgs;
 use crate::bytes::Bytes;
 use crate::scheduler::{Scheduler, create_domain_map};
 use crate::shared_abi::{
@@ -30,8 +32,33 @@ pub(crate) struct Lease {
     pub(crate) process: OwnedFd,
 }
 
+/// What one user may have at a time, so that nobody keeps the others out. Root is not limited by it.
+#[derive(Clone, Copy, Debug)]
+struct Share {
+    domains: usize,
+    tasks: u32,
+}
+
+impl Share {
+    fn new(args: &LoadArgs) -> Self {
+        let half = |n: u32| n.div_ceil(2);
+        Self {
+            domains: args.max_domains_per_user.unwrap_or(half(args.max_domains)) as usize,
+            tasks: args.max_tasks_per_user.unwrap_or(half(args.max_tasks)),
+        }
+    }
+
+    /// Whether a user who has domains of so many tasks each may have another one of `more` tasks.
+    fn allows(self, domains: &[u32], more: u32) -> bool {
+        let tasks = domains.iter().fold(more, |sum, &tasks| sum.saturating_add(tasks));
+        domains.len() < self.domains && tasks <= self.tasks
+    }
+}
+
 #[derive(Debug)]
 struct Domain {
+    /// Who opened it.
+    user: Uid,
     slots: Range<u32>,
     map: MapHandle,
     lease: Option<Lease>,
@@ -42,18 +69,33 @@ struct Domain {
 pub(crate) struct Domains {
     domains: BTreeMap<u32, Domain>,
     max_domains: u32,
+    share: Share,
     slots: Slots,
     partial: bool,
 }
 
 impl Domains {
-    pub(crate) fn new(max_domains: u32, max_tasks: u32, partial: bool) -> Self {
-        Self { domains: BTreeMap::new(), max_domains, slots: Slots::new(max_tasks), partial }
+    pub(crate) fn new(args: &LoadArgs) -> Self {
+        Self {
+            domains: BTreeMap::new(),
+            max_domains: args.max_domains,
+            share: Share::new(args),
+            slots: Slots::new(args.max_tasks),
+            partial: args.partial,
+        }
     }
 
     /// Opens the domain that `hello` asks for. It is closing until it gets its lease.
-    pub(crate) fn open(&mut self, scheduler: &Scheduler, hello: &umcg_hello) -> Result<umcg_welcome, Errno> {
+    pub(crate) fn open(
+        &mut self,
+        scheduler: &Scheduler,
+        user: Uid,
+        hello: &umcg_hello,
+    ) -> Result<umcg_welcome, Errno> {
         check_hello(hello)?;
+        if !user.is_root() && !self.share.allows(&self.of_user(user), hello.max_tasks) {
+            return Err(Errno::ENOSPC);
+        }
         let number = (0..self.max_domains).find(|n| !self.domains.contains_key(n)).ok_or(Errno::ENOSPC)?;
         let slots = self.slots.take(hello.max_tasks).ok_or(Errno::ENOSPC)?;
         let nonce = nonce()?;
@@ -62,7 +104,7 @@ impl Domains {
             Ok(map)
         });
         let map = opened.inspect_err(|_| self.slots.give_back(&slots))?;
-        self.domains.insert(number, Domain { slots, map, lease: None });
+        self.domains.insert(number, Domain { user, slots, map, lease: None });
         Ok(umcg_welcome {
             error: 0,
             abi_version: UMCG_ABI_VERSION,
@@ -70,6 +112,12 @@ impl Domains {
             nr_slots: hello.max_tasks,
             nonce,
         })
+    }
+
+    /// The number of tasks of each domain of a user, also of those that are closing.
+    fn of_user(&self, user: Uid) -> Vec<u32> {
+        let theirs = self.domains.values().filter(|domain| domain.user == user);
+        theirs.map(|domain| domain.slots.len() as u32).collect()
     }
 
     /// Keeps domain `number` open as long as `lease` lasts.
@@ -186,6 +234,17 @@ mod tests {
 
     const HELLO: umcg_hello =
         umcg_hello { magic: UMCG_MAGIC, abi_version: UMCG_ABI_VERSION, max_tasks: 1, reserved: 0 };
+
+    #[test]
+    fn a_user_has_a_share_of_domains_and_of_tasks() {
+        let share = Share { domains: 2, tasks: 10 };
+        assert!(share.allows(&[], 10));
+        assert!(!share.allows(&[], 11));
+        assert!(share.allows(&[6], 4));
+        assert!(!share.allows(&[6], 5));
+        assert!(!share.allows(&[1, 1], 1));
+        assert!(!share.allows(&[6], u32::MAX), "the sum overflows");
+    }
 
     #[test]
     fn a_hello_is_checked_before_anything_is_allocated() {

@@ -19,12 +19,13 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::{SignalFd, siginfo};
 use nix::sys::socket::{SockType, getsockopt, sockopt};
+use nix::unistd::Uid;
 
 use crate::args::LoadArgs;
 use crate::domains::{Domains, Lease};
 use crate::precondition;
 use crate::scheduler::Scheduler;
-use crate::shared_abi::{UMCG_ABI_VERSION, umcg_welcome};
+use crate::shared_abi::{UMCG_ABI_VERSION, umcg_hello, umcg_welcome};
 use crate::socket::{self, Greeting, Socket};
 use crate::stats::{Metrics, Reader, stats_path};
 
@@ -114,7 +115,7 @@ impl<'obj> Service<'obj> {
             scheduler,
             partial: args.partial,
             sockets: Some(sockets),
-            domains: Domains::new(args.max_domains, args.max_tasks, args.partial),
+            domains: Domains::new(args),
             greeters: BTreeMap::new(),
             readers: BTreeMap::new(),
             arrivals: 0,
@@ -274,11 +275,17 @@ impl<'obj> Service<'obj> {
         match greeting {
             Greeting::Silence | Greeting::End => {}
             Greeting::Garbage => refuse(&connection, Errno::EPROTO),
-            Greeting::Hello(hello) => match self.domains.open(&self.scheduler, &hello) {
+            Greeting::Hello(hello) => match self.open(&connection, &hello) {
                 Ok(welcome) => self.welcome(connection, &welcome),
                 Err(errno) => refuse(&connection, errno),
             },
         }
+    }
+
+    /// Opens a domain for the user at the other end.
+    fn open(&mut self, connection: &OwnedFd, hello: &umcg_hello) -> Result<umcg_welcome, Errno> {
+        let user = Uid::from_raw(getsockopt(connection, sockopt::PeerCredentials)?.uid());
+        self.domains.open(&self.scheduler, user, hello)
     }
 
     /// Hands an open domain to its client. If that fails, the domain has no lease and is reaped.

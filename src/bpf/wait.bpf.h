@@ -167,12 +167,10 @@ static __always_inline int worker_waits(struct umcg_wait *w)
 	}
 	self->cell->task.umcg_next_tid = 0;
 
-	/* From here on self has stopped; if it started another worker, that one has its host now. */
+	/* From here on self has stopped; if it started another worker, its host serves that one and goes on waiting. */
 	stop(self, UMCG_WAITING);
 	host_waits = w->host.slot->state == UMCG_SERVING;
-	if (to_host || ret == UMCG_STARTED_ASLEEP)
-		end_serving(self, &w->host, &w->released);
-	self->slot->host = 0;
+	end_serving(self, &w->host, &w->released);
 	if (w->flags & UMCG_WAIT_ENQUEUE)
 		enqueue_self(w, &w->server);
 	else if (to_host && !host_waits)

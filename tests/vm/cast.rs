@@ -10,6 +10,8 @@ use std::thread::{JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
 use nix::sys::mman::{MlockAllFlags, mlockall};
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{ForkResult, fork};
 
 use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING, STATE_MASK};
 
@@ -217,6 +219,21 @@ pub fn serve_fifo(server: &'static Task, workers: &[&'static Task]) {
         assert_eq!(api::wait(0, 0), 0, "umcg_wait");
         if !queue.is_empty() && server.next_tid.load(SeqCst) == 0 {
             queue.pop_front();
+        }
+    }
+}
+
+/// Runs `act` in a forked child, which must succeed.
+pub fn in_child(act: impl FnOnce()) {
+    // SAFETY: the child only calls what this project promises to work there, and the C library's allocator, which does.
+    match unsafe { fork() }.unwrap() {
+        ForkResult::Child => {
+            let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(act));
+            // SAFETY: ends the child without the parent's destructors.
+            unsafe { libc::_exit(i32::from(outcome.is_err())) }
+        }
+        ForkResult::Parent { child } => {
+            assert_eq!(waitpid(child, None).unwrap(), WaitStatus::Exited(child, 0));
         }
     }
 }

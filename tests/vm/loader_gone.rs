@@ -22,7 +22,7 @@ use crate::cast::{
     List, Task, Worker, become_server, become_worker, retire, scaled, spawn_server, spawn_worker, wait_until,
 };
 use crate::harness::{Loader, Test};
-use crate::scene::{assert_only, assert_state};
+use crate::scene::{assert_blocks_are_seen, assert_only, assert_state};
 
 /// What the kernel says of a scheduler that was ejected by hand.
 const EJECTED: &str = "disabled (disabled by sysrq-S)";
@@ -197,22 +197,6 @@ fn everything(end: fn(Loader)) {
     open_at(&loader, 4);
     assert_blocks_are_seen();
     assert_eq!(api::close(), 0);
-}
-
-/// The new scheduler really schedules.
-fn assert_blocks_are_seen() {
-    let (mut wake, mut theirs) = UnixStream::pair().unwrap();
-    let server = become_server();
-    let worker = spawn_worker(server.tid(), move |_| theirs.read_exact(&mut [0]).unwrap());
-    server.await_runnable(worker.task);
-    server.run(worker.task);
-    assert_only(worker.task, &server.take(List::Blocked));
-    wake.write_all(&[0]).unwrap();
-    server.await_runnable(worker.task);
-    server.run(worker.task);
-    assert_state(worker.task, NONE);
-    worker.thread.join().unwrap();
-    retire(server);
 }
 
 fn open_again() {

@@ -30,6 +30,7 @@ mod signals;
 mod stopping;
 mod stress;
 mod timeouts;
+mod users;
 mod waiting;
 
 use std::process::ExitCode;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         stopping::TESTS,
         stress::TESTS,
         timeouts::TESTS,
+        users::TESTS,
         waiting::TESTS,
     ]
     .concat();

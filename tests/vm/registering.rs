@@ -14,19 +14,17 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
-use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{ForkResult, Gid, Uid, execv, fork, setgroups, setresgid, setresuid};
+use nix::unistd::execv;
 
 use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING, umcg_task};
 use crate::cast::{
-    List, Task, become_server, become_worker, gettid, open, retire, serve_fifo, spawn_server, spawn_worker,
-    wait_until,
+    List, Task, become_server, become_worker, gettid, in_child, open, retire, serve_fifo, spawn_server,
+    spawn_worker, wait_until,
 };
 use crate::harness::{Test, stat};
 
 pub const TESTS: &[Test] = &[
     Test::new("open_and_close_say_what_is_wrong", opening),
-    Test::new("a_user_outside_the_group_may_not_open", other_user),
     Test::new("task_alloc_answers_null_when_the_domain_is_full", allocating),
     Test::new("register_refuses_what_is_no_struct_of_the_domain", foreign_structs),
     Test::new("register_refuses_a_wrong_state_or_server", wrong_contents),
@@ -65,19 +63,6 @@ fn opening() {
         assert_eq!(api::backend(), "none");
     }
     wait_until("the loader has nothing left of us", || stat("nr_domains") == 0);
-}
-
-fn other_user() {
-    in_child(|| {
-        // The test's directories may be root's alone; the socket's may not.
-        let dir = Path::new(&env::var_os("UMCG_SOCKET").unwrap()).parent().unwrap().to_owned();
-        assert!(std::fs::metadata(dir).unwrap().permissions().mode() & 1 != 0);
-        let (uid, gid) = (Uid::from_raw(1000), Gid::from_raw(1000));
-        setgroups(&[]).unwrap();
-        setresgid(gid, gid, gid).unwrap();
-        setresuid(uid, uid, uid).unwrap();
-        assert_eq!(api::open(None, 1, 0), -libc::EACCES);
-    });
 }
 
 fn allocating() {
@@ -257,21 +242,6 @@ fn exits() {
     // SAFETY: ends this thread; nothing waits for what it leaves undone, for its handle is forgotten.
     let thread = ends_by_surprise(|| _ = unsafe { libc::syscall(libc::SYS_exit, 0) });
     std::mem::forget(thread);
-}
-
-/// Runs `act` in a forked child, which must succeed.
-fn in_child(act: impl FnOnce()) {
-    // SAFETY: the child only calls what this project promises to work there, and the C library's allocator, which does.
-    match unsafe { fork() }.unwrap() {
-        ForkResult::Child => {
-            let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(act));
-            // SAFETY: ends the child without the parent's destructors.
-            unsafe { libc::_exit(i32::from(outcome.is_err())) }
-        }
-        ForkResult::Parent { child } => {
-            assert_eq!(waitpid(child, None).unwrap(), WaitStatus::Exited(child, 0));
-        }
-    }
 }
 
 /// What a child finds: nothing; and what it may do: open a domain of its own.

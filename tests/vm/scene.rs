@@ -7,6 +7,8 @@
 //! assert_captured()       the worker stops before user code, and goes on when it is run
 //! ```
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::SeqCst;
 use std::thread::sleep;
@@ -75,6 +77,22 @@ impl Scene {
         worker.thread.join().unwrap();
         retire(server);
     }
+}
+
+/// In the domain that is open: a worker blocks, and its server hears of it.
+pub fn assert_blocks_are_seen() {
+    let (mut wake, mut theirs) = UnixStream::pair().unwrap();
+    let server = become_server();
+    let worker = spawn_worker(server.tid(), move |_| theirs.read_exact(&mut [0]).unwrap());
+    server.await_runnable(worker.task);
+    server.run(worker.task);
+    assert_only(worker.task, &server.take(List::Blocked));
+    wake.write_all(&[0]).unwrap();
+    server.await_runnable(worker.task);
+    server.run(worker.task);
+    assert_state(worker.task, NONE);
+    worker.thread.join().unwrap();
+    retire(server);
 }
 
 /// The worker is RUNNABLE by a capture.
