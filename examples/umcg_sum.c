@@ -292,9 +292,17 @@ static void run_next(struct host *host, struct umcg_task *self)
 {
 	struct worker *next = host->first;
 	uint64_t start_ns = now_ns();
+	int error;
 
 	self->umcg_next_tid = next ? next->task->umcg_tid : 0;
-	or_die("umcg_wait", -umcg_wait(0, 0));
+	error = -umcg_wait(0, 0);
+	/* The loader went away and let this worker go: it runs by itself, or has ended. */
+	if (next && (error == EBUSY || error == ESRCH) && !strcmp(umcg_backend(), "futex")) {
+		host->first = next->next;
+		next->ready = false;
+		return;
+	}
+	or_die("umcg_wait", error);
 	if (next && !self->umcg_next_tid) { /* it was run; else something else happened first */
 		host->first = next->next;
 		next->ready = false;

@@ -185,7 +185,7 @@ fn serve<'s, 'e: 's>(
             return Ok(policy.stats);
         }
         policy.look_around(&server);
-        policy.run_next(&server)?;
+        policy.run_next(domain, &server)?;
     }
 }
 
@@ -244,10 +244,20 @@ impl<'d> Fifo<'d> {
     }
 
     /// Runs the first in the queue until there is something to decide. With nobody there, waits for that.
-    fn run_next(&mut self, server: &Server<'d>) -> Result<(), Error> {
+    fn run_next(&mut self, domain: &Domain, server: &Server<'d>) -> Result<(), Error> {
         let next = self.ready.pop_front();
         let start = now();
-        let was_run = server.run(next.and_then(|(worker, _)| worker.tid()))?;
+        let was_run = match server.run(next.and_then(|(worker, _)| worker.tid())) {
+            // The loader went away and let this worker go: it runs by itself, or has ended.
+            Err(error)
+                if next.is_some()
+                    && domain.backend() == Backend::Futex
+                    && [libc::EBUSY, libc::ESRCH].contains(&error.errno()) =>
+            {
+                return Ok(());
+            }
+            answer => answer?,
+        };
         match next {
             Some((_, since)) if was_run => self.stats.waits.add(start.saturating_sub(since)),
             Some(entry) => self.ready.push_front(entry), // something else happened first

@@ -48,7 +48,9 @@ impl Socket {
         let metadata = fs::symlink_metadata(path).with_context(failed)?;
         let listener = UnixListener::from(fd);
         let socket = Self { listener, path: path.to_owned(), identity: identity(&metadata) };
-        lchown(path, None, Some(group.as_raw())).with_context(failed)?;
+        if metadata.gid() != group.as_raw() {
+            lchown(path, None, Some(group.as_raw())).with_context(failed)?;
+        }
         listen(&socket.listener, Backlog::MAXCONN).with_context(failed)?;
         Ok(socket)
     }

@@ -53,7 +53,7 @@ pub(crate) struct Metrics {
     pub(crate) runnable_ns: u64,
     #[stat(desc = "held tasks shown to the sched_ext watchdog")]
     pub(crate) refreshes: u64,
-    #[stat(desc = "held tasks let go for a fatal signal")]
+    #[stat(desc = "held tasks let go for a signal, job control, ptrace or the freezer")]
     pub(crate) signal_releases: u64,
     #[stat(desc = "released tasks that no CPU had fetched in time")]
     pub(crate) rescues: u64,

@@ -53,6 +53,8 @@ static int sweep_one(u32 nr, void *unused)
 
 static int sweep(void *map, u32 *key, struct umcg_sweep *timer)
 {
+	if (UMCG_LOAD(&epoch_over))
+		return 0;
 	bpf_loop(UMCG_LOAD(&slot_limit), sweep_one, NULL, 0);
 	UMCG_XCHG(&sweep_armed, 0);
 	if (UMCG_LOAD(&nr_registered))

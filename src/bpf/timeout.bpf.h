@@ -19,7 +19,7 @@ static int wait_timed_out(void *map, u32 *nr, struct umcg_slot *slot)
 	struct umcg_ref self;
 	u64 now_ns = bpf_ktime_get_ns(), early_for = 0;
 
-	if (!ref_get(&self, *nr))
+	if (UMCG_LOAD(&epoch_over) || !ref_get(&self, *nr))
 		return 0;
 	domain = domain_of(self.slot->domain);
 	if (!domain)

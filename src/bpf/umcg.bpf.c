@@ -88,7 +88,6 @@ static __always_inline bool hold_registered(struct task_struct *p, u32 nr)
 	}
 	queue_unasked_next();
 	slot->rounds = 0;
-	slot->seen_signals = 0;
 	if (!custody_park(&slot->custody))
 		return false;
 	/* Pairs with the signal code, which marks it dying and then starts the sweep, which looks for parked

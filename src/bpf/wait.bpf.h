@@ -148,6 +148,8 @@ static __always_inline int worker_waits(struct umcg_wait *w)
 
 	self->slot->is_server = false;
 	self->slot->deadline_ns = 0;
+	if (self->slot->serving)
+		return -EBUSY; /* a server whose wait had timed out, and that wants to be a worker now */
 	if (w->flags & UMCG_WAIT_ENQUEUE && !w->server.slot)
 		return -ESRCH;
 	if (!hosted_by(self, &w->host)) { /* its host is gone: another server may take it over */

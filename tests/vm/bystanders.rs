@@ -49,6 +49,7 @@ fn assert_fair(what: &str, times: &[Duration]) {
 }
 
 fn hogs() {
+    assert!(switches_all(), "not everybody is ours");
     open(1); // so that the sweep is at work as well
     let server = become_server();
     let hogs: Vec<_> = (0..2 * nr_cpus() + 1).map(|_| std::thread::spawn(hog)).collect();
@@ -98,10 +99,16 @@ fn policy() -> i32 {
     unsafe { libc::sched_getscheduler(0) }
 }
 
+/// Whether the kernel gives the scheduler all tasks, or SCHED_EXT ones only.
+fn switches_all() -> bool {
+    std::fs::read_to_string("/sys/kernel/sched_ext/switch_all").unwrap().trim() == "1"
+}
+
 fn partial() {
     let loader = Loader::start(&["--partial"]);
     // SAFETY: this is the only thread.
     unsafe { std::env::set_var("UMCG_SOCKET", &loader.socket) };
+    assert!(!switches_all(), "a partial scheduler took all tasks");
     assert_eq!(policy(), libc::SCHED_OTHER);
     open(4);
     let server = become_server();

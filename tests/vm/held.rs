@@ -16,14 +16,14 @@ use nix::unistd::Pid;
 
 use crate::api::{self, NONE, RUNNABLE};
 use crate::cast::{
-    List, Task, Worker, become_server, nr_cpus, open, pin, retire, serve_fifo, spawn_server, spawn_worker,
-    spawn_worker_in, wait_until,
+    List, Task, Worker, become_server, nr_cpus, open, pin, retire, scaled, serve_fifo, spawn_server,
+    spawn_worker, spawn_worker_in, wait_until,
 };
 use crate::harness::{Loader, Test};
 
 pub const TESTS: &[Test] = &[
     Test::new("held_tasks_survive_a_change_of_affinity_nice_and_policy", changed),
-    Test::new("held_tasks_survive_the_watchdog", watchdog).own_loader(),
+    Test::new("held_tasks_survive_the_watchdog", watchdog).own_loader().limit_s(300),
     Test::new("workers_may_be_pinned_away_from_their_server", pinned),
 ];
 
@@ -149,7 +149,7 @@ fn watchdog() {
     unsafe { std::env::set_var("UMCG_SOCKET", &loader.socket) };
     open(8);
     let held = Held::start();
-    for _ in 0..13 {
+    for _ in 0..scaled(90).max(13) {
         sleep(Duration::from_secs(1));
         held.assert_held();
     }

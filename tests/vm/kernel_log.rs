@@ -2,7 +2,7 @@
 //! The kernel log of one test: whatever the kernel warns of while a test runs fails it.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
 
 /// What the emulated hardware makes the kernel say, whoever runs on it.
@@ -38,7 +38,19 @@ impl KernelLog {
     /// Everything since `from_now`; /dev/kmsg tells each record once, so they are kept.
     fn messages(&mut self) -> &[Message] {
         let mut buffer = [0; 8192];
-        while let Ok(length) = self.file.read(&mut buffer) {
+        loop {
+            let length = match self.file.read(&mut buffer) {
+                Ok(length) => length,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => {
+                    // EPIPE: records were overwritten before they were read, and nobody knows what they said.
+                    self.messages.push(Message { level: 0, text: format!("the log is lost: {error}") });
+                    if error.kind() != ErrorKind::BrokenPipe {
+                        break;
+                    }
+                    continue;
+                }
+            };
             let record = String::from_utf8_lossy(&buffer[..length]);
             let Some((head, text)) = record.split_once(';') else { continue };
             let priority: u32 = head.split(',').next().and_then(|p| p.parse().ok()).unwrap_or(0);

@@ -6,7 +6,6 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::atomic::Ordering::SeqCst;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -35,7 +34,7 @@ enum End {
 }
 
 fn sigkill() {
-    rounds(scaled(100), End::Never);
+    rounds(scaled(500), End::Never);
 }
 
 fn exit_group() {
@@ -85,7 +84,6 @@ fn one_round(end: End, moment: Duration) -> Duration {
     drop(ready); // the child's own end waits for this
     assert_eq!(reap(child), expected);
     let took = start.elapsed();
-    assert!(!Path::new(&format!("/proc/{child}")).exists(), "a thread stayed");
     wait_until("the loader has nothing left of it", || stat("nr_tasks") == 0 && stat("nr_domains") == 0);
     took
 }

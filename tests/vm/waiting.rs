@@ -409,10 +409,16 @@ struct Meeting {
     /// The round that somebody has lost.
     lost: AtomicU32,
     runs: AtomicU32,
+    /// Losers who were told EBUSY.
+    busy: AtomicU32,
 }
 
-static MEETING: Meeting =
-    Meeting { arrived: AtomicU32::new(0), lost: AtomicU32::new(0), runs: AtomicU32::new(0) };
+static MEETING: Meeting = Meeting {
+    arrived: AtomicU32::new(0),
+    lost: AtomicU32::new(0),
+    runs: AtomicU32::new(0),
+    busy: AtomicU32::new(0),
+};
 
 impl Meeting {
     fn meet(&self, round: u32) {
@@ -429,6 +435,7 @@ impl Meeting {
             // EINVAL: the other has written its own tid last.
             (error, next) if [-libc::EBUSY, -libc::EINVAL].contains(&error) => {
                 assert_eq!((next, me.state()), (worker.tid(), RUNNING));
+                self.busy.fetch_add(u32::from(error == -libc::EBUSY), SeqCst);
                 self.lost.store(round, SeqCst);
                 false
             }
@@ -462,7 +469,9 @@ fn two_servers() {
     }
     wait_until("the other server is done", || other.task.state() == NONE);
     let others = other.task.user_data.load(SeqCst) as u32;
-    println!("won {won} rounds, the other server {others}, on {} CPUs", nr_cpus());
+    let busy = MEETING.busy.load(SeqCst);
+    println!("won {won} rounds, the other server {others}, on {} CPUs; {busy} times EBUSY", nr_cpus());
+    assert!(busy > 0, "no loser was told EBUSY");
     assert_eq!((won + others, MEETING.runs.load(SeqCst)), (ROUNDS, ROUNDS));
 
     worker.task.server_tid.store(me.tid(), SeqCst);

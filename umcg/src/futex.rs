@@ -13,7 +13,7 @@
 //! were waiting then return; a worker without a host counts on the server that it names.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 use nix::sys::signal::{SigSet, SigmaskHow};
 
@@ -40,6 +40,8 @@ pub(crate) enum Entry {
 
 pub(crate) struct Futex {
     links: Mutex<Box<[Link]>>,
+    /// Those whose end the scheduler has not seen any more have been looked for.
+    buried: Once,
 }
 
 /// Who serves whom, by index; 0 for nobody.
@@ -58,7 +60,7 @@ impl Futex {
         let mut links = Vec::new();
         links.try_reserve_exact(len).map_err(|_| Errno::ENOMEM)?;
         links.resize(len, Link::default());
-        Ok(Self { links: Mutex::new(links.into_boxed_slice()) })
+        Ok(Self { links: Mutex::new(links.into_boxed_slice()), buried: Once::new() })
     }
 
     /// `umcg_wait`, from the mark UMCG_TF_WAIT on.
@@ -144,7 +146,9 @@ impl Futex {
         let _signals = SignalsBlocked::new();
         // A thread that panicked in here has left whole links behind: each is one store.
         let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
-        f(&mut Tasks { memory: &inner.memory, links })
+        let mut tasks = Tasks { memory: &inner.memory, links };
+        self.buried.call_once(|| tasks.bury());
+        f(&mut tasks)
     }
 }
 
@@ -341,6 +345,14 @@ impl<'a> Tasks<'a> {
         let served = std::mem::take(self.link_mut(me)).serving;
         if let Ok(worker) = self.at(served) {
             self.link_mut(worker).host = 0;
+        }
+    }
+
+    /// Retires who left the report of its end to a scheduler that went away before it.
+    fn bury(&mut self) {
+        for task in self.memory.all_registered().filter(|task| !sys::thread_exists(task.tid)) {
+            let server = self.server_of(task).ok().filter(|_| !task.is_server());
+            self.retire(task, server);
         }
     }
 

@@ -41,6 +41,20 @@ pub(crate) struct Header {
     reserved: [AtomicU32; 27],
 }
 
+impl Header {
+    /// Of a domain that is not there: nobody schedules it.
+    pub(crate) const fn dead() -> Self {
+        Self {
+            magic: AtomicU32::new(0),
+            abi_version: AtomicU32::new(0),
+            nr_slots: AtomicU32::new(0),
+            flags: AtomicU32::new(0),
+            epoch: AtomicU32::new(1),
+            reserved: [const { AtomicU32::new(0) }; 27],
+        }
+    }
+}
+
 const _: () = {
     assert!(size_of::<Cell>() == size_of::<umcg_cell>());
     assert!(align_of::<Cell>() == align_of::<umcg_task>());

@@ -114,15 +114,26 @@ impl Memory {
         self.owners.len() as u32
     }
 
+    /// False in a forked child: it has the parent's value, but not its mapping.
+    #[inline]
+    fn is_mapped(&self) -> bool {
+        self.generation.is_current()
+    }
+
     #[inline]
     pub(crate) fn header(&self) -> &Header {
+        static DEAD: Header = Header::dead();
+
+        if !self.is_mapped() {
+            return &DEAD;
+        }
         // SAFETY: cell 0 is mapped as long as self lives, is as large and aligned as a header, and both are atomics
         // throughout.
         unsafe { self.base.cast::<Header>().as_ref() }
     }
 
     pub(crate) fn cell(&self, index: Index) -> Option<&Cell> {
-        self.owner(index)?;
+        self.owner(index).filter(|_| self.is_mapped())?;
         // SAFETY: 1 <= index <= nr_slots, for it has an owner: that cell is mapped as long as self lives.
         Some(unsafe { self.base.add(index as usize).as_ref() })
     }
@@ -203,8 +214,8 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // A forked child has the parent's value, but not its mapping: something else may be there by now.
-        if self.generation.is_current() {
+        // In a forked child something else may be there by now.
+        if self.is_mapped() {
             // SAFETY: exactly what `new` was given, and whoever borrowed from it borrowed from self. Unmapping
             // what is mapped does not fail.
             let _ = unsafe { munmap(self.base.cast(), self.mapped_len.get()) };

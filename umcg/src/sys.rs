@@ -79,3 +79,10 @@ pub(crate) fn futex_wake(word: &AtomicU32) {
         libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, 1);
     }
 }
+
+/// Whether a thread of this process has that tid.
+pub(crate) fn thread_exists(tid: u32) -> bool {
+    // SAFETY: takes no pointers; signal 0 is none, and only asks.
+    let answer = unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, 0) };
+    answer == 0 || Errno::last() != Errno::ESRCH
+}

@@ -107,7 +107,7 @@ impl<'d> Task<'d> {
         }
     }
 
-    /// Asks that it be preempted, if it is RUNNING; its next tick does it, or a [`kick`](crate::kick) at once.
+    /// Asks that it be preempted, if it is RUNNING; its next timer tick does it, at the latest.
     pub fn request_preemption(&self) {
         self.cell.status.set_bits(UMCG_TF_PREEMPT, UMCG_TF_PREEMPT);
     }

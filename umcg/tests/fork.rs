@@ -5,9 +5,9 @@ mod common;
 
 use std::path::Path;
 
-use common::{NO_SOCKET, RawDomain, alone, prepared, raw_server};
-use umcg::Tid;
+use common::{NO_SOCKET, RawDomain, alone, open, prepared, raw_server};
 use umcg::raw;
+use umcg::{Backend, Tid};
 
 /// Runs `child` in a forked child and answers its exit status.
 fn in_child(child: impl FnOnce() -> Result<(), i32>) -> i32 {
@@ -68,4 +68,23 @@ fn a_child_does_not_see_the_parents_memory() {
         check(!mapped, line!())
     });
     assert_eq!(status, 0, "the domain is not mapped in the child");
+}
+
+#[test]
+fn a_childs_copy_of_the_domain_is_dead() {
+    let _alone = alone();
+    let domain = open(4);
+    let server = domain.register_server().unwrap();
+    let tid = Tid::current();
+    let status = in_child(|| {
+        check(domain.backend() == Backend::Futex, line!())?;
+        check(domain.kick(tid).is_err() && domain.task(tid).is_none(), line!())?;
+        check(domain.register_server().is_err(), line!())?;
+        // SAFETY: the child does not use it again, and ends without destructors.
+        drop(unsafe { std::ptr::read(&domain) });
+        Ok(())
+    });
+    assert_eq!(status, 0, "line (mod 256) of the check that failed in the child");
+    assert!(domain.task(tid).is_some(), "the parent is registered as before");
+    server.unregister().map_err(|(_, error)| error).unwrap();
 }
