@@ -400,3 +400,22 @@ impl Drop for SignalsBlocked {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_ended_while_the_scheduler_did_is_retired_by_the_first_operation() {
+        const NOBODYS: u32 = 1 << 22; // tids end below
+        let inner = Inner::of_our_own(2).unwrap();
+        let cells = [NOBODYS, sys::gettid()].map(|tid| {
+            let cell = inner.memory.alloc().unwrap();
+            assert!(inner.memory.take(inner.memory.index_of(cell.addr()).unwrap(), tid));
+            cell.status.show(UMCG_STATE_RUNNING);
+            cell
+        });
+        inner.futex.locked(&inner, |_| ());
+        assert_eq!(cells.map(|cell| cell.status.state()), [UMCG_STATE_NONE, UMCG_STATE_RUNNING]);
+    }
+}
