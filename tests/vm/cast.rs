@@ -133,6 +133,15 @@ pub fn load_program() {
     LOADED.call_once(|| mlockall(MlockAllFlags::MCL_CURRENT).expect("cannot lock the test's memory"));
 }
 
+/// Has the stack of the calling thread in memory as far down as any test goes, handlers included: a fault there may
+/// sleep, if another thread changes the address space at that time.
+#[inline(never)]
+pub fn load_stack() {
+    let mut stack = [0_u8; 128 << 10];
+    stack.iter_mut().step_by(4096).for_each(|byte| *byte = 1);
+    std::hint::black_box(&mut stack);
+}
+
 /// Opens this process's domain at the loader that the runner named.
 pub fn open(max_tasks: u32) {
     load_program();
@@ -181,6 +190,7 @@ pub fn spawn_worker_in(
 ) -> Worker {
     let (sender, receiver) = mpsc::channel();
     let thread = std::thread::spawn(move || {
+        load_stack();
         before();
         let task = Task::alloc();
         sender.send(task).unwrap();
