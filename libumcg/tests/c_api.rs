@@ -27,7 +27,7 @@ fn run(command: &mut Command) -> Output {
     output
 }
 
-/// Compiles smoke.c, links it with `library` and runs it.
+/// Compiles smoke.c, links it with `library` and runs it; it prints nothing, and no call does.
 fn smoke(name: &str, compiler: &str, flags: &[&str], library: &[&str]) {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
     let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
@@ -42,7 +42,8 @@ fn smoke(name: &str, compiler: &str, flags: &[&str], library: &[&str]) {
         .arg("-L")
         .arg(dir)
         .args(library));
-    run(Command::new(&program).env("LD_LIBRARY_PATH", library_alias(dir)));
+    let output = run(Command::new(&program).env("LD_LIBRARY_PATH", library_alias(dir)));
+    assert!(output.stdout.is_empty() && output.stderr.is_empty(), "a call printed: {output:?}");
 }
 
 /// A directory in which the shared library has the name that its SONAME says; `scripts/install` makes that link, too.
