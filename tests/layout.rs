@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! The layout exists three times: in the C headers, which are the truth, in the Rust mirror, and in the
 //! compiled BPF object. If one differed, programs and kernel side would take each other's words for
-//! something else, and no other test would say why.
+//! something else, and no other test would say why. The contract tells it to people.
 
 use std::any::type_name;
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,6 +23,7 @@ use shared_abi::*;
 mod shared_abi;
 
 const MIRROR: &str = include_str!("../src/shared_abi.rs");
+const CONTRACT: &str = include_str!("../docs/abi.md");
 const HEADERS: [&str; 2] = [include_str!("../include/umcg.h"), include_str!("../src/bpf/intf.h")];
 
 /// What the BPF side uses. The rest of the structs is between library and loader.
@@ -233,6 +234,48 @@ fn no_constant_is_missing() {
     let in_headers: BTreeSet<_> = HEADERS.into_iter().flat_map(constants_of_header).collect();
     assert_eq!(in_headers, compared);
     assert_eq!(names_after(MIRROR, "pub const "), compared);
+}
+
+/// From its table of fields, the only one whose rows start with a number.
+fn lines_of_contract() -> Vec<String> {
+    let field = |line: &str| {
+        let cells: Vec<_> =
+            line.strip_prefix('|')?.split('|').map(|cell| cell.trim().trim_matches('`')).collect();
+        let name = if cells[2] == "reserved" { "umcg_reserved" } else { cells[2] };
+        Some(field_line("umcg_task", name, cells[0].parse().ok()?, cells[1]))
+    };
+    CONTRACT.lines().filter_map(field).collect()
+}
+
+#[test]
+fn the_contract_has_the_layout_of_the_header() {
+    let mirror = mirrors().into_iter().find(|mirror| mirror.name == "umcg_task").expect("it is mirrored");
+    let mut contract = lines_of_contract();
+    contract.push(size_line("umcg_task", 64));
+    assert_eq!(mirror.lines(), contract);
+    assert!(CONTRACT.contains("\n64 bytes, 64-byte aligned, little-endian."));
+}
+
+/// The numbers that follow a constant's name somewhere in the contract.
+fn values_in_contract(name: &str) -> BTreeSet<u32> {
+    let number = |rest: &str| {
+        let rest = rest.trim_start_matches('`').trim_start();
+        let word = rest.split(|c: char| !c.is_alphanumeric()).next()?;
+        word.strip_prefix("0x").map_or_else(|| word.parse(), |hex| u32::from_str_radix(hex, 16)).ok()
+    };
+    CONTRACT.split(name).skip(1).filter_map(number).collect()
+}
+
+#[test]
+fn the_contract_has_the_constants_of_the_header() {
+    for name in constants_of_header(HEADERS[0]) {
+        let (_, value) = CONSTANTS.iter().find(|constant| constant.0 == name).expect("it is mirrored");
+        if name == "UMCG_TF_WAIT" {
+            assert!(CONTRACT.contains(&format!("{value:#x} is the library's own")));
+        } else {
+            assert_eq!(values_in_contract(name), BTreeSet::from([*value]), "{name}");
+        }
+    }
 }
 
 /// A type of the BPF object, as Rust writes it.
