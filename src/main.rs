@@ -49,7 +49,14 @@ const FAILURE: u8 = 2;
 const NOT_SERVING: u8 = 1;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if !error.use_stderr() => error.exit(), // --help, --version
+        Err(error) => {
+            eprintln!("scx_umcg: {}", usage_error(&error));
+            return ExitCode::from(FAILURE);
+        }
+    };
     let result = match &cli.command {
         None => start_log(LevelFilter::Info, cli.load.verbose).and_then(|()| serve(&cli.load)),
         // The command's standard error is its own.
@@ -95,6 +102,14 @@ fn start_log(quiet: LevelFilter, verbose: u8) -> Result<()> {
     Ok(TermLogger::init(level, config.build(), TerminalMode::Stderr, color)?)
 }
 
+/// What clap says first; then come hints and the usage, which --help has, too.
+fn usage_error(error: &clap::Error) -> String {
+    let message = error.render().to_string();
+    let what = message.split("\n\n").next().unwrap_or_default().trim_start_matches("error: ");
+    let what = what.split_whitespace().collect::<Vec<_>>().join(" ");
+    format!("{what}; see scx_umcg --help")
+}
+
 /// Prints `scx_umcg: what is wrong; what to do`, on one line.
 fn complain(error: &anyhow::Error) {
     eprintln!("scx_umcg: {}", sentence(error));
@@ -117,6 +132,17 @@ fn sentence(error: &anyhow::Error) -> String {
 mod tests {
     use super::*;
     use anyhow::anyhow;
+
+    #[test]
+    fn usage_errors_are_one_line() {
+        let error = |line: &str| usage_error(&Cli::try_parse_from(line.split_whitespace()).unwrap_err());
+        assert_eq!(
+            error("scx_umcg --no-such-option"),
+            "unexpected argument '--no-such-option' found; see scx_umcg --help"
+        );
+        let missing = error("scx_umcg run");
+        assert!(missing.contains("<CMD>...; see scx_umcg --help"), "{missing}");
+    }
 
     #[test]
     fn advice_comes_last_and_all_is_one_line() {

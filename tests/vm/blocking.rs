@@ -10,15 +10,16 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicU32, AtomicUsize};
 use std::thread::{sleep, spawn};
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::sched::sched_getcpu;
 
 use crate::api::{BLOCKED, NONE};
-use crate::cast::{List, Task, become_server, open, retire, spawn_worker};
+use crate::cast::{List, Task, become_server, nr_cpus, open, retire, spawn_worker};
 use crate::harness::{Counters, Test};
 use crate::scene::{STEPS, Scene, assert_only, assert_state, assert_was_captured, stand_still};
 use crate::userfault::Userfault;
@@ -36,6 +37,7 @@ pub const TESTS: &[Test] = &[
     Test::new("blocking_in_fsync_is_reported_and_captured", fsync),
     Test::new("blocking_on_a_mutex_that_a_sleeping_thread_holds", mutex_of_a_thread),
     Test::new("blocking_on_a_mutex_that_a_sleeping_worker_holds", mutex_of_a_worker),
+    Test::new("the_host_of_a_worker_that_blocks_goes_on_on_its_cpu", same_cpu),
     Test::new("calls_that_do_not_sleep_are_not_reported", no_sleep),
 ];
 
@@ -187,6 +189,38 @@ fn mutex_of_a_worker() {
         worker.thread.join().unwrap();
     }
     retire(server);
+}
+
+/// In the same switch, so without a wake-up, which would find another CPU idle.
+fn same_cpu() {
+    const ROUNDS: u32 = 200;
+    static CPU: AtomicUsize = AtomicUsize::new(0);
+
+    let (reader, mut writer) = pipe().unwrap();
+    let mut reader = File::from(OwnedFd::from(reader));
+    open(2);
+    let server = become_server();
+    let worker = spawn_worker(server.tid(), move |_| {
+        for _ in 0..ROUNDS {
+            CPU.store(sched_getcpu().unwrap(), SeqCst);
+            reader.read_exact(&mut [0]).unwrap();
+        }
+    });
+    server.await_runnable(worker.task);
+    let mut same = 0;
+    for _ in 0..ROUNDS {
+        server.run(worker.task);
+        same += u32::from(sched_getcpu().unwrap() == CPU.load(SeqCst));
+        assert_only(worker.task, &server.take(List::Blocked));
+        writer.write_all(&[0]).unwrap();
+        server.await_runnable(worker.task);
+    }
+    server.run(worker.task);
+    worker.thread.join().unwrap();
+    retire(server);
+    println!("{same} of {ROUNDS} times on the same CPU, of {}", nr_cpus());
+    // Whoever else wants that CPU may have it first, and the kernel may move the server afterwards.
+    assert!(same > ROUNDS * 9 / 10, "{same} of {ROUNDS}");
 }
 
 /// The control: whatever is reported in the tests above is the sleep, not the system call.

@@ -12,13 +12,13 @@ use std::time::Duration;
 
 use umcg::raw::{UMCG_TF_PREEMPT, UMCG_WAIT_ENQUEUE};
 
-use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING};
+use crate::api::{self, BLOCKED, RUNNABLE, RUNNING};
 use crate::cast::{
     List, Task, Worker, become_server, open, retire, sched_yield, spawn_server, spawn_worker, spin_until,
     wait_until,
 };
 use crate::harness::Test;
-use crate::scene::{STEPS, assert_only, assert_state, stand_still};
+use crate::scene::{Other, STEPS, assert_only, assert_state, lists_are_empty, run_to_end, stand_still};
 
 pub const TESTS: &[Test] = &[
     Test::new("enqueue_with_a_next_queues_one_and_runs_the_other", with_next),
@@ -37,53 +37,6 @@ fn wait_enqueued(task: &Task, next: u32) -> i32 {
     task.next_tid.store(next, SeqCst);
     task.status.store(RUNNABLE, SeqCst);
     api::wait(0, UMCG_WAIT_ENQUEUE)
-}
-
-fn lists_are_empty(server: &Task) -> bool {
-    server.take(List::Blocked).is_empty() && server.take(List::Runnable).is_empty()
-}
-
-/// Runs a worker that ends.
-fn run_to_end(server: &Task, worker: Worker) {
-    server.run(worker.task);
-    assert_state(worker.task, NONE);
-    worker.thread.join().unwrap();
-}
-
-/// A server that idles until an event that it counts in `umcg_user_data`, and then for a word of the test.
-struct Other(Worker);
-
-impl Other {
-    fn start() -> Self {
-        let server = spawn_server(|task| {
-            while task.user_data.load(SeqCst) < u64::from(u32::MAX) {
-                assert_eq!(task.switch_to(0), 0);
-                task.user_data.fetch_add(1, SeqCst);
-            }
-        });
-        wait_until("the other server idles", || server.task.state() == RUNNABLE);
-        Self(server)
-    }
-
-    fn tid(&self) -> u32 {
-        self.0.task.tid()
-    }
-
-    fn events(&self) -> u64 {
-        self.0.task.user_data.load(SeqCst)
-    }
-
-    fn assert_only_told_of(&self, worker: &Task, event: u64) {
-        wait_until("the other server is told", || self.events() == event);
-        assert_only(worker, &self.0.task.take(List::Runnable));
-    }
-
-    fn end(self) {
-        self.0.task.user_data.store(u64::from(u32::MAX), SeqCst);
-        assert_eq!(api::kick(self.tid(), 0), 0);
-        self.0.thread.join().unwrap();
-        assert!(lists_are_empty(self.0.task));
-    }
 }
 
 fn with_next() {

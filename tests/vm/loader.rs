@@ -11,16 +11,21 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, socket};
+use nix::unistd::Pid;
 
 use crate::api;
-use crate::cast::wait_until;
+use crate::cast::{scaled, wait_until};
 use crate::harness::{LOADER, Loader, Test};
+use crate::scene::assert_blocks_are_seen;
 
 pub const TESTS: &[Test] = &[
     Test::new("run_exits_with_the_status_of_its_command", run_status).own_loader().limit_s(400),
     Test::new("run_tells_its_command_where_the_socket_is", run_socket).own_loader(),
+    Test::new("run_sets_no_time_limit", run_long).own_loader().limit_s(300),
     Test::new("status_tells_whether_a_loader_serves", status).own_loader(),
+    Test::new("the_default_socket_is_where_programs_look", default_socket).own_loader(),
     Test::new("a_second_loader_is_refused", second).own_loader(),
     Test::new("a_loader_that_cannot_start_says_why", refusals).own_loader(),
     Test::new("a_client_that_talks_garbage_does_no_harm", garbage).own_loader(),
@@ -73,6 +78,25 @@ fn run_status() {
     }
 }
 
+/// Longer than the watchdog and than every timeout of the loader's own.
+fn run_long() {
+    let seconds = scaled(40).max(12).to_string();
+    let output = scx_umcg(&["run", "--watchdog", "5", "--", "sleep", &seconds]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+}
+
+fn default_socket() {
+    let mut loader = command(&[]).env_remove("UMCG_SOCKET").stderr(Stdio::null()).spawn().unwrap();
+    // SAFETY: this is the only thread.
+    unsafe { std::env::remove_var("UMCG_SOCKET") };
+    wait_until("the loader serves", || api::open(None, 2, 0) == 0);
+    assert!(Path::new("/run/scx_umcg/umcg.sock").exists());
+    assert_blocks_are_seen();
+    kill(Pid::from_raw(loader.id().cast_signed()), Signal::SIGINT).unwrap();
+    assert_eq!(loader.wait().unwrap().code(), Some(0), "after SIGINT");
+    assert_unloaded();
+}
+
 fn run_socket() {
     const LOOK: &str = "test -S $UMCG_SOCKET && cat /sys/kernel/sched_ext/state && echo $UMCG_SOCKET";
     let output = scx_umcg(&["run", "--", "sh", "-c", LOOK]);
@@ -120,7 +144,7 @@ fn refusals() {
     assert_refused(&scx_umcg(&["--group", "no-such-group"]), "there is no group no-such-group");
     let by_nobody = command(&["--socket", "/tmp/umcg-test-nobody"]).uid(65534).gid(65534).output();
     assert_refused(&by_nobody.unwrap(), "run it as root");
-    assert_eq!(scx_umcg(&["--no-such-option"]).status.code(), Some(2));
+    assert_refused(&scx_umcg(&["--no-such-option"]), "unexpected argument '--no-such-option'");
     assert_unloaded();
 }
 

@@ -154,7 +154,7 @@ fn spawn_serving() -> Worker {
 
 fn everything(end: fn(Loader)) {
     let loader = Loader::start(&[]);
-    open_at(&loader, 16);
+    open_at(&loader, 17);
     let server = become_server();
     let mut program = Program::start(server);
     sleep(Duration::from_millis(50));
@@ -171,6 +171,7 @@ fn everything(end: fn(Loader)) {
     program.wake.write_all(&[0]).unwrap();
     program.blocked.thread.join().unwrap();
     assert_eq!(STEPS.load(SeqCst), 2);
+    assert_blocks_are_not_seen(server);
     // Those that wait are still waiting, and their server can still run them.
     server.take(List::Runnable);
     for steps in 3..=12 {
@@ -197,6 +198,29 @@ fn everything(end: fn(Loader)) {
     open_at(&loader, 4);
     assert_blocks_are_seen();
     assert_eq!(api::close(), 0);
+}
+
+/// A worker that sleeps stays RUNNING, and its server waits until it is back.
+fn assert_blocks_are_not_seen(server: &'static Task) {
+    let (mut wake, mut sleep) = UnixStream::pair().unwrap();
+    let worker = spawn_worker(server.tid(), move |_| sleep.read_exact(&mut [0]).unwrap());
+    let task = worker.task;
+    wait_until("it is announced", || server.runnable_ptr.load(SeqCst) == task.as_ptr().addr() as u64);
+    server.take(List::Runnable);
+    let waker = spawn(move || {
+        let stat = format!("/proc/self/task/{}/stat", task.tid());
+        let sleeps = || fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") S "));
+        wait_until("it runs", || task.state() == RUNNING);
+        wait_until("it sleeps", sleeps);
+        assert_eq!((task.state(), server.state()), (RUNNING, RUNNABLE));
+        wake.write_all(&[0]).unwrap();
+    });
+    server.run(task);
+    assert_state(task, NONE);
+    assert!(server.take(List::Blocked).is_empty(), "a block was reported");
+    for thread in [waker, worker.thread] {
+        thread.join().unwrap();
+    }
 }
 
 fn open_again() {

@@ -23,6 +23,7 @@ mod killing;
 mod loader;
 mod loader_gone;
 mod marked_runnable;
+mod moving;
 mod preempting;
 mod registering;
 mod rseq;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         loader::TESTS,
         loader_gone::TESTS,
         marked_runnable::TESTS,
+        moving::TESTS,
         preempting::TESTS,
         registering::TESTS,
         rseq::TESTS,

@@ -4,9 +4,7 @@
 //! The failures this guards against: a struct that is not the domain's own gets into the kernel side's tables; a worker
 //! that ends by surprise leaves its host waiting for ever; a fork or exec inherits what is its parent's.
 
-use std::env;
 use std::ffi::CString;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::atomic::AtomicU32;
@@ -120,7 +118,11 @@ fn wrong_contents() {
     open(4);
     let server = spawn_server(|task| {
         wait_until("quit", || task.user_data.load(SeqCst) == 1);
+        let worker = task.take(List::Runnable)[0];
+        task.run(worker);
     });
+    let worker = spawn_worker(server.task.tid(), |_| ());
+    wait_until("it is announced", || server.task.runnable_ptr.load(SeqCst) != 0);
     let task = Task::alloc();
     let refused = |server_tid, status, reserved, errno: i32| {
         task.server_tid.store(server_tid, SeqCst);
@@ -139,12 +141,15 @@ fn wrong_contents() {
     }
     refused(me, RUNNING, 1, libc::EINVAL);
     refused(living, RUNNABLE, 1, libc::EINVAL);
-    for nobody in [0, 1, 1 << 30] {
+    for nobody in [0, 1, 1 << 30, worker.task.tid()] {
         refused(nobody, RUNNABLE, 0, libc::ESRCH);
     }
-    assert!(server.task.take(List::Runnable).is_empty(), "a refused worker was announced");
+    let announced = server.task.runnable_ptr.load(SeqCst);
+    assert_eq!(announced, worker.task.as_ptr().addr() as u64, "a refused worker was announced");
     server.task.user_data.store(1, SeqCst);
-    server.thread.join().unwrap();
+    for thread in [server.thread, worker.thread] {
+        thread.join().unwrap();
+    }
     refused(living, RUNNABLE, 0, libc::ESRCH);
 }
 

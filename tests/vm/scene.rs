@@ -16,8 +16,10 @@ use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 
-use crate::api::{BLOCKED, NONE, RUNNABLE};
-use crate::cast::{List, Task, Worker, become_server, open, retire, spawn_worker, state_name};
+use crate::api::{self, BLOCKED, NONE, RUNNABLE};
+use crate::cast::{
+    List, Task, Worker, become_server, open, retire, spawn_server, spawn_worker, state_name, wait_until,
+};
 
 /// The kernel side's clock may lag behind the program's by as much as one adjustment of the clock.
 const CLOCK_ERROR_NS: u64 = 1_000_000;
@@ -100,6 +102,53 @@ pub fn assert_was_captured(worker: &Task) {
     assert_state(worker, RUNNABLE);
     let (blocked_ns, runnable_ns) = (worker.blocked_ts.load(SeqCst), worker.runnable_ts.load(SeqCst));
     assert!(blocked_ns <= runnable_ns, "runnable at {runnable_ns}, before it blocked at {blocked_ns}");
+}
+
+pub fn lists_are_empty(server: &Task) -> bool {
+    server.take(List::Blocked).is_empty() && server.take(List::Runnable).is_empty()
+}
+
+/// Runs a worker that ends.
+pub fn run_to_end(server: &Task, worker: Worker) {
+    server.run(worker.task);
+    assert_state(worker.task, NONE);
+    worker.thread.join().unwrap();
+}
+
+/// A server that idles until an event that it counts in `umcg_user_data`, and then for a word of the test.
+pub struct Other(pub Worker);
+
+impl Other {
+    pub fn start() -> Self {
+        let server = spawn_server(|task| {
+            while task.user_data.load(SeqCst) < u64::from(u32::MAX) {
+                assert_eq!(task.switch_to(0), 0);
+                task.user_data.fetch_add(1, SeqCst);
+            }
+        });
+        wait_until("the other server idles", || server.task.state() == RUNNABLE);
+        Self(server)
+    }
+
+    pub fn tid(&self) -> u32 {
+        self.0.task.tid()
+    }
+
+    pub fn events(&self) -> u64 {
+        self.0.task.user_data.load(SeqCst)
+    }
+
+    pub fn assert_only_told_of(&self, worker: &Task, event: u64) {
+        wait_until("the other server is told", || self.events() == event);
+        assert_only(worker, &self.0.task.take(List::Runnable));
+    }
+
+    pub fn end(self) {
+        self.0.task.user_data.store(u64::from(u32::MAX), SeqCst);
+        assert_eq!(api::kick(self.tid(), 0), 0);
+        self.0.thread.join().unwrap();
+        assert!(lists_are_empty(self.0.task));
+    }
 }
 
 pub fn assert_only(worker: &Task, tasks: &[&Task]) {

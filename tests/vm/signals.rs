@@ -23,13 +23,14 @@ use crate::cast::{
     spawn_worker_in, spin_until, wait_until,
 };
 use crate::harness::{Counters, Test};
-use crate::scene::{STEPS, assert_only, assert_state, stand_still};
+use crate::scene::{STEPS, assert_only, assert_state, run_to_end, stand_still};
 
 pub const TESTS: &[Test] = &[
     Test::new("handlers_of_an_idle_server_run_and_it_waits_on", idle_server),
     Test::new("a_handler_that_yields_in_an_idle_server_goes_on", yielding_handler),
     Test::new("handlers_of_a_serving_server_run_and_it_waits_on", serving_server),
     Test::new("umcg_wait_in_a_handler_that_interrupted_it_fails", wait_in_handler),
+    Test::new("umcg_wait_in_a_handler_of_a_held_worker_fails", wait_in_handler_of_worker),
     Test::new("a_timeout_does_not_start_again_after_a_handler", timeout),
     Test::new("handlers_of_a_running_worker_run_at_once", running),
     Test::new("handlers_of_a_held_worker_run_when_it_is_run", held),
@@ -173,6 +174,26 @@ fn wait_in_handler() {
     assert_eq!(STEPS.load(SeqCst), 0, "the interrupted wait ended");
     assert_eq!(api::kick(server.task.tid(), 0), 0);
     server.thread.join().unwrap();
+}
+
+fn wait_in_handler_of_worker() {
+    static ANSWER: AtomicI32 = AtomicI32::new(0);
+
+    extern "C" fn wait(signal: i32) {
+        ANSWER.store(api::wait(0, 0), SeqCst);
+        count(signal);
+    }
+    handle(wait, SaFlags::empty());
+    open(2);
+    let server = become_server();
+    let worker = spawn_worker(server.tid(), |task| assert_eq!(task.switch_to(0), 0));
+    server.await_runnable(worker.task);
+    server.run(worker.task);
+    send(worker.task);
+    assert_not_handled_beyond(0);
+    run_to_end(server, worker);
+    assert_eq!((HANDLED.load(SeqCst), ANSWER.load(SeqCst)), (1, -libc::EDEADLK));
+    retire(server);
 }
 
 fn timeout() {
