@@ -165,7 +165,7 @@ fn the_programs_bits_survive() {
 #[test]
 fn kick_finds_its_task() {
     let _alone = alone();
-    let me = Tid::current().get().cast_signed();
+    let me = Tid::current().get() as libc::pid_t;
     assert_eq!(errno(raw::kick(me, 0)), libc::ESRCH, "not open");
     let _domain = RawDomain::open(1);
     assert_eq!(errno(raw::kick(me, 0)), libc::ESRCH, "not registered");
@@ -183,7 +183,7 @@ fn a_kick_that_comes_before_the_wait_is_not_lost() {
     let task = raw_server();
     // SAFETY: our own task.
     unsafe { (&raw mut (*task).umcg_status).write_volatile(raw::UMCG_STATE_RUNNABLE) };
-    raw::kick(Tid::current().get().cast_signed(), 0).unwrap();
+    raw::kick(Tid::current().get() as libc::pid_t, 0).unwrap();
     raw::wait(0, 0).unwrap();
     raw::unregister(task).unwrap();
 }
