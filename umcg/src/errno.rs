@@ -91,7 +91,18 @@ pub enum Call {
     Kick,
 }
 
-/// A call that failed, and why. Its text says what to do about it.
+/// A call that failed, and why: each call's documentation lists its errnos and what they mean there. Others come from system calls
+/// that the call needs, as `ENOMEM` does.
+///
+/// Its text says what is wrong and what to do about it. It becomes an [`io::Error`] of the errno's kind by `?`.
+///
+/// ```
+/// use umcg::{Call, Domain, OpenOptions};
+///
+/// let error = Domain::open(&OpenOptions::new(8).socket("/nonexistent")).unwrap_err();
+/// assert_eq!((error.call(), error.errno()), (Call::Open, 2)); // ENOENT
+/// assert!(error.to_string().starts_with("umcg open: no loader listens at the socket; start scx_umcg"));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Error {
     call: Call,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The nine calls as `include/umcg.h` has them, with an [`Errno`] for the negative return value, and the layout.
+//! The ten calls as `include/umcg.h` has them, with an [`Errno`] for the negative return value, and the layout.
 //!
 //! This is what `libumcg` exports, and what a program needs that follows the C header word by word: it prepares the
 //! `umcg_task` itself, through the pointer, and walks the lists itself. All of it is safe to *call*: pointers are
