@@ -152,7 +152,7 @@ fn the_example_of_the_overview_is_a_program_that_works() {
     assert!(status.expect("there is a compiler").success());
     let output = Command::new(program).env("UMCG_SOCKET", "/nonexistent").output().expect("it can be run");
     assert!(output.status.success(), "{output:?}");
-    let mut lines: Vec<_> = str::from_utf8(&output.stdout).expect("ASCII").lines().collect();
+    let mut lines: Vec<_> = std::str::from_utf8(&output.stdout).expect("ASCII").lines().collect();
     lines.sort_unstable();
     assert_eq!(lines, ["four", "one", "three", "two"]);
 }
