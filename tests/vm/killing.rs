@@ -10,9 +10,10 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{ForkResult, Pid, fork};
+use nix::unistd::{ForkResult, Pid, execv, fork};
 
 use crate::api::{BLOCKED, RUNNABLE, RUNNING};
 use crate::cast::{List, Task, become_server, open, scaled, spawn_server, spawn_worker, wait_until};
@@ -21,7 +22,9 @@ use crate::harness::{Test, stat, where_it_hangs};
 pub const TESTS: &[Test] = &[
     Test::new("sigkill_of_100_tasks_in_every_state_leaves_nothing", sigkill).limit_s(1200),
     Test::new("exit_group_of_100_tasks_in_every_state_leaves_nothing", exit_group).limit_s(300),
+    Test::new("exec_beside_100_tasks_in_every_state_leaves_nothing", exec).limit_s(300),
     Test::new("sigsegv_of_100_tasks_in_every_state_leaves_nothing", sigsegv).limit_s(300),
+    Test::new("a_core_dump_of_100_tasks_in_every_state_leaves_nothing", core_dump).limit_s(300),
 ];
 
 /// How the child of a round ends, by itself.
@@ -30,7 +33,9 @@ enum End {
     /// Not at all.
     Never,
     ExitGroup,
+    Exec,
     Segv,
+    CoreDump,
 }
 
 fn sigkill() {
@@ -41,8 +46,17 @@ fn exit_group() {
     rounds(5, End::ExitGroup);
 }
 
+fn exec() {
+    rounds(5, End::Exec);
+}
+
 fn sigsegv() {
     rounds(5, End::Segv);
+}
+
+fn core_dump() {
+    setrlimit(Resource::RLIMIT_CORE, RLIM_INFINITY, RLIM_INFINITY).unwrap();
+    rounds(5, End::CoreDump);
 }
 
 fn rounds(rounds: u32, end: End) {
@@ -78,8 +92,9 @@ fn one_round(end: End, moment: Duration) -> Duration {
             kill(child, Signal::SIGKILL).unwrap();
             WaitStatus::Signaled(child, Signal::SIGKILL, false)
         }
-        End::ExitGroup => WaitStatus::Exited(child, 0),
+        End::ExitGroup | End::Exec => WaitStatus::Exited(child, 0),
         End::Segv => WaitStatus::Signaled(child, Signal::SIGSEGV, false),
+        End::CoreDump => WaitStatus::Signaled(child, Signal::SIGSEGV, true),
     };
     drop(ready); // the child's own end waits for this
     assert_eq!(reap(child), expected);
@@ -126,8 +141,9 @@ fn become_hundred_tasks(mut tell: UnixStream, end: End) -> ! {
             End::Never => (),
             // SAFETY: ends the process.
             End::ExitGroup => unsafe { libc::_exit(0) },
+            End::Exec => _ = execv(c"/bin/true", &[c"true"]),
             // SAFETY: so does this, once the handler is gone that Rust has for stack overflows.
-            End::Segv => unsafe {
+            End::Segv | End::CoreDump => unsafe {
                 libc::signal(libc::SIGSEGV, libc::SIG_DFL);
                 libc::raise(libc::SIGSEGV);
             },

@@ -117,8 +117,20 @@ fn interrupt_idle_server(handler: extern "C" fn(i32)) {
         assert_state(server.task, RUNNABLE);
         assert!(!ENDED.load(SeqCst), "the wait was interrupted");
     }
+    let before = cpu_ticks(server.task);
+    sleep(Duration::from_millis(500));
+    let ticks = cpu_ticks(server.task) - before;
+    assert!(ticks < 20, "it does not sleep: {ticks} of 50 ticks");
     assert_eq!(api::kick(server.task.tid(), 0), 0);
     server.thread.join().unwrap();
+}
+
+/// CPU time of a task's thread, in hundredths of a second.
+fn cpu_ticks(task: &Task) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/self/task/{}/stat", task.tid())).unwrap();
+    // utime and stime, 14 and 15; the second field, in parentheses, may have spaces.
+    let fields = stat.rsplit(')').next().unwrap().split_whitespace();
+    fields.skip(11).take(2).map(|ticks| ticks.parse::<u64>().unwrap()).sum()
 }
 
 fn serving_server() {
