@@ -207,6 +207,7 @@ fn assert_blocks_are_not_seen(server: &'static Task) {
     let task = worker.task;
     wait_until("it is announced", || server.runnable_ptr.load(SeqCst) == task.as_ptr().addr() as u64);
     server.take(List::Runnable);
+    server.take(List::Blocked); // those of before
     let waker = spawn(move || {
         let stat = format!("/proc/self/task/{}/stat", task.tid());
         let sleeps = || fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") S "));

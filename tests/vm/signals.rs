@@ -208,31 +208,29 @@ fn wait_in_handler_of_worker() {
     retire(server);
 }
 
+/// Signals come faster than the timeout for as long as the wait lasts: if they delayed it, it would never end.
 fn timeout() {
     const TIMEOUT: Duration = Duration::from_millis(300);
+    static STOP: AtomicBool = AtomicBool::new(false);
 
     handle(count, SaFlags::empty());
     open(1);
     let server = become_server();
     let sender = spawn(|| {
-        for times in 1..=10 {
-            wait_until("the server waits", || server.state() == RUNNABLE);
+        while !STOP.load(SeqCst) {
             sleep(TIMEOUT / 20);
             send(server);
-            await_handled(times);
         }
     });
     let start = Instant::now();
     server.status.store(RUNNABLE, SeqCst);
     assert_eq!(api::wait(TIMEOUT.as_nanos() as u64, 0), -libc::ETIMEDOUT);
     assert!(start.elapsed() >= TIMEOUT);
-    // On a slow machine some signals are still to come, and are waited for here.
-    while !sender.is_finished() {
-        server.status.store(RUNNABLE, SeqCst);
-        assert!([0, -libc::ETIMEDOUT].contains(&api::wait(1_000_000, 0)));
-    }
+    let handled = HANDLED.load(SeqCst);
+    STOP.store(true, SeqCst);
     sender.join().unwrap();
-    assert_eq!(HANDLED.load(SeqCst), 10);
+    println!("{handled} handlers during the wait");
+    assert!(handled > 0, "no handler interrupted the wait");
     retire(server);
 }
 

@@ -124,10 +124,10 @@ fn strangers() {
         let server = become_server();
         let worker = spawn_worker(server.tid(), |_| ());
         server.await_runnable(worker.task);
-        // They have a domain, too, in which both tids are as good as any other number.
+        let tids = [server.tid(), worker.task.tid()]; // the structs are not the child's
         in_child(|| {
             cast::open(4);
-            try_strangers([server.tid(), worker.task.tid()]);
+            try_strangers(tids);
             theirs.write_all(&[0]).unwrap();
         });
         ours.read_exact(&mut [0]).unwrap();
