@@ -45,12 +45,15 @@ impl Errno {
         Self::from(nix::errno::Errno::last())
     }
 
-    /// From an answer in the kernel's convention: 0, or an errno with the sign changed.
+    /// From an answer in the kernel's convention: 0, or an errno with the sign changed. It may come from memory that
+    /// the program writes, and callers change the sign again: what can be no errno is EIO.
     #[inline]
     pub(crate) fn check(answer: i32) -> Result<(), Self> {
-        match NonZeroI32::new(answer.wrapping_neg()) {
-            Some(raw) if answer < 0 => Err(Self(raw)),
-            _ => Ok(()),
+        const LAST: i32 = -4095;
+        match answer {
+            0.. => Ok(()),
+            LAST..0 => Err(Self::known(-answer)),
+            _ => Err(Self::EIO),
         }
     }
 }
@@ -215,7 +218,7 @@ mod tests {
         assert_eq!(Errno::check(-libc::ESRCH), Err(Errno::ESRCH));
         // Shared memory: the program may have scribbled on it.
         assert_eq!(Errno::check(7), Ok(()));
-        assert!(Errno::check(i32::MIN).is_err());
+        assert_eq!(Errno::check(i32::MIN), Err(Errno::EIO));
     }
 
     #[test]
