@@ -43,13 +43,15 @@ static __always_inline int check_task(const struct umcg_task *task, bool is_serv
 }
 
 /* Under the lock all is looked at again: the domain may have been closed, and be another process's by now. */
-static __always_inline int claim_slot(struct umcg_domain *domain, struct umcg_slot *slot, u32 first_slot, u32 tgid,
-				      bool is_server)
+static __always_inline int claim_slot(struct umcg_domain *domain, const struct umcg_ref *self, u32 first_slot,
+				      u32 tgid, bool is_server)
 {
+	struct umcg_slot *slot = self->slot;
 	int ret = -EINVAL;
 
 	bpf_spin_lock(&domain->lock);
-	if (domain->tgid == tgid && domain->first_slot == first_slot && slot->state == UMCG_FREE) {
+	if (domain->tgid == tgid && domain->first_slot == first_slot && self->nr - first_slot < domain->nr_slots &&
+	    slot->state == UMCG_FREE) {
 		domain->nr_tasks++;
 		set_state(slot, is_server ? UMCG_ACTIVE : UMCG_NEW);
 		slot->is_server = is_server;
@@ -149,7 +151,7 @@ static int ctl_register(struct umcg_ctl_args *args, struct task_struct *p)
 	ret = init_timeout(self.slot);
 	if (ret)
 		return ret;
-	ret = claim_slot(domain, self.slot, first_slot, p->tgid, is_server);
+	ret = claim_slot(domain, &self, first_slot, p->tgid, is_server);
 	if (ret)
 		return ret;
 
