@@ -3,13 +3,14 @@
 //!
 //! A domain lives as long as its *lease*: the client's connection and process. When either ends, the
 //! domain is *closing*: it has no lease any more, and is freed as soon as the kernel side has no task of
-//! it left. (A process that is being killed has tasks for a moment after its connection is gone.)
+//! it left, and nobody but us its memory. (A process that is being killed has tasks for a moment after its
+//! connection is gone; and what somebody keeps is to count as his.)
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use nix::errno::Errno;
@@ -134,7 +135,7 @@ impl Domains {
         }
     }
 
-    /// Frees the domains that are closing and have no tasks any more.
+    /// Frees the domains that are closing and not in use any more.
     pub(crate) fn reap(&mut self, scheduler: &Scheduler) {
         self.domains.retain(|&number, domain| {
             if domain.lease.is_some() {
@@ -165,9 +166,14 @@ impl Domains {
         }
     }
 
-    /// The memory of domain `number`, for its client.
-    pub(crate) fn map(&self, number: u32) -> Option<BorrowedFd<'_>> {
-        self.domains.get(&number).map(|domain| domain.map.as_fd())
+    /// The memory of domain `number`, for its client: another open file than ours, so that the kernel side
+    /// can tell whether they still have it.
+    pub(crate) fn map_for_client(&self, number: u32) -> Option<MapHandle> {
+        let map = &self.domains.get(&number)?.map;
+        map.info()
+            .and_then(|info| MapHandle::from_map_id(info.info.id))
+            .inspect_err(|error| log::warn!("domain {number}: cannot be handed out: {error}"))
+            .ok()
     }
 
     /// All leases, with the number of their domain.

@@ -103,7 +103,7 @@ impl<'obj> Scheduler<'obj> {
         .inspect_err(|_| self.forget_map(domain))
     }
 
-    /// Ends domain number `domain`; `EBUSY` while it has tasks.
+    /// Ends domain number `domain`; `EBUSY` while it has tasks, or somebody else its memory.
     pub(crate) fn close_domain(&self, domain: u32) -> Result<(), Errno> {
         self.admin(umcg_admin_args { op: UMCG_ADMIN_CLOSE, domain, ..Default::default() })?;
         self.forget_map(domain);

@@ -291,11 +291,15 @@ impl<'obj> Service<'obj> {
     /// Hands an open domain to its client. If that fails, the domain has no lease and is reaped.
     fn welcome(&mut self, connection: OwnedFd, welcome: &umcg_welcome) {
         let number = welcome.domain;
-        let Some(map) = self.domains.map(number) else {
+        let Some(map) = self.domains.map_for_client(number) else {
             return;
         };
         let sent = getsockopt(&connection, sockopt::PeerPidfd).and_then(|process| {
-            socket::send_welcome(connection.as_fd(), welcome, &[map, self.scheduler.control_program()])?;
+            socket::send_welcome(
+                connection.as_fd(),
+                welcome,
+                &[map.as_fd(), self.scheduler.control_program()],
+            )?;
             Ok(process)
         });
         match sent {

@@ -31,14 +31,29 @@ static int admin_open(struct umcg_admin_args *args, struct umcg_domain *domain)
 	return 0;
 }
 
-static int admin_close(struct umcg_domain *domain)
+/* References to a domain's map that are ours: the loader's descriptor, and its place in `domains`. */
+#define UMCG_OWN_REFS 2
+
+/*
+ * The client still has its memory: a descriptor, a mapping, or that it had the control program keep it
+ * (BPF_PROG_BIND_MAP, which needs no privilege). It counts as long as it is there, or nobody would count it.
+ */
+static __always_inline bool memory_is_kept(u32 nr)
 {
+	struct bpf_map *map = bpf_map_lookup_elem(&domains, &nr);
+
+	return map && map->refcnt.counter > UMCG_OWN_REFS;
+}
+
+static int admin_close(struct umcg_admin_args *args, struct umcg_domain *domain)
+{
+	bool is_kept = memory_is_kept(args->domain);
 	int ret = 0;
 
 	bpf_spin_lock(&domain->lock);
 	domain->nonce = 0;
 	domain->tgid = 0; /* no registration from here on */
-	if (domain->nr_tasks)
+	if (domain->nr_tasks || is_kept)
 		ret = -EBUSY;
 	else
 		domain->first_slot = 0;
@@ -56,7 +71,7 @@ int umcg_admin(struct umcg_admin_args *args)
 	else if (args->op == UMCG_ADMIN_OPEN)
 		args->result = admin_open(args, domain);
 	else if (args->op == UMCG_ADMIN_CLOSE)
-		args->result = admin_close(domain);
+		args->result = admin_close(args, domain);
 	else
 		args->result = -EINVAL;
 	return 0;

@@ -107,7 +107,7 @@ struct umcg_ctl_args {
 /* Operations of the loader's program, BPF_PROG_RUN of `umcg_admin`. */
 enum umcg_admin_op {
 	UMCG_ADMIN_OPEN = 1,  /* domain, first_slot, nr_slots, nonce: makes the domain ready for ATTACH */
-	UMCG_ADMIN_CLOSE = 2, /* domain: -EBUSY while it has tasks */
+	UMCG_ADMIN_CLOSE = 2, /* domain: -EBUSY while it has tasks, or its client the memory */
 };
 
 struct umcg_admin_args {

@@ -8,6 +8,7 @@
 
 mod api;
 mod cast;
+mod client;
 mod harness;
 mod kernel_log;
 mod scene;
