@@ -20,6 +20,7 @@ mod capture;
 mod enqueue;
 mod first_run;
 mod held;
+mod hostile;
 mod killing;
 mod loader;
 mod loader_gone;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         enqueue::TESTS,
         first_run::TESTS,
         held::TESTS,
+        hostile::TESTS,
         killing::TESTS,
         loader::TESTS,
         loader_gone::TESTS,

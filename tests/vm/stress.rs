@@ -87,10 +87,10 @@ static TIMEOUTS: AtomicU32 = AtomicU32::new(0);
 static CONTENDED: Mutex<u64> = Mutex::new(0);
 
 /// A linear congruential generator, seeded with the worker's number: each run takes the same choices.
-struct Dice(u64);
+pub struct Dice(pub u64);
 
 impl Dice {
-    fn below(&mut self, n: u64) -> u64 {
+    pub fn below(&mut self, n: u64) -> u64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % n
     }
