@@ -13,6 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::SeqCst;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -284,6 +285,7 @@ fn attributes(command: u32, target: &OwnedFd, client: &Client) -> Attr {
     /// Keys and values, in and out; the largest is a cell.
     static SCRATCH: [AtomicU64; 64] = [const { AtomicU64::new(0) }; 64];
 
+    SCRATCH.iter().for_each(|word| word.store(0, SeqCst));
     let [key, value] = [&SCRATCH[0], &SCRATCH[16]].map(|word| word.as_ptr().expose_provenance() as u64);
     let pin = PIN.as_ptr().expose_provenance() as u64;
     let none = Attr::default();
