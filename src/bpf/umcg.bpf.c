@@ -128,12 +128,17 @@ static __always_inline bool run_next(s32 cpu)
 	p = fetch_slot(nr);
 	if (!p)
 		return false;
+	/*
+	 * Insert first, then look: an insertion is for the task as the core has it then, and is dropped if the core
+	 * takes it back later. What was looked at before may be out of date: since then it may have run elsewhere.
+	 */
+	scx_bpf_dsq_insert(p, SCX_DSQ_LOCAL, slice_ns, 0);
 	if (burst_is_over(cctx) || !may_move_to(p, cpu)) {
+		scx_bpf_dispatch_cancel();
 		insert_shared(p, 0);
 		wake_cpu_for(p);
 		return false;
 	}
-	scx_bpf_dsq_insert(p, SCX_DSQ_LOCAL, slice_ns, 0);
 	cctx->handed_over = true;
 	return true;
 }
