@@ -5,13 +5,12 @@
 //! scheduler; one user opens all domains, and nobody else gets one; a client reaches what is not its own by
 //! its descriptors, or keeps memory that nobody counts.
 
-use std::io::{Read, Write};
 use std::ffi::CStr;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::SeqCst;
 use std::thread::sleep;
