@@ -115,6 +115,12 @@ fn is_native_test(test: &str) -> bool {
     is_test().is_some()
 }
 
+/// Whether `scripts/test` runs the script, and it is there.
+fn is_script(path: &str) -> bool {
+    let runs = source("scripts/test").is_some_and(|text| text.contains(&format!("' {path}")));
+    runs && source(path).is_some_and(|text| text.starts_with("#!"))
+}
+
 fn assert_none(what: &str, names: impl IntoIterator<Item = impl ToString>) {
     let names: Vec<_> = names.into_iter().map(|name| name.to_string()).collect();
     assert!(names.is_empty(), "{what}:\n  {}", names.join("\n  "));
@@ -123,8 +129,14 @@ fn assert_none(what: &str, names: impl IntoIterator<Item = impl ToString>) {
 #[test]
 fn every_named_test_exists() {
     let vm = vm_tests();
-    let exists = |test: &str| if test.contains("::") { is_native_test(test) } else { vm.contains(test) };
-    for wrong in ["a_test_that_nobody_wrote", "tests/abi_rows.rs::rows", "tests/no_file.rs::rows"] {
+    let exists = |test: &str| match test {
+        _ if test.contains("::") => is_native_test(test),
+        _ if test.contains('/') => is_script(test),
+        _ => vm.contains(test),
+    };
+    let wrong_ones =
+        ["a_test_that_nobody_wrote", "tests/abi_rows.rs::rows", "tests/no_file.rs::rows", "tests/layout.rs"];
+    for wrong in wrong_ones {
         assert!(!exists(wrong), "{wrong} is taken for a test");
     }
     for Row { promise, tests } in rows() {

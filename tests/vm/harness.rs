@@ -80,7 +80,7 @@ impl Loader {
                 panic!("the loader ended before it served: {status}");
             }
             assert!(Instant::now() < deadline, "the loader does not serve");
-            sleep(Duration::from_millis(20));
+            sleep(Duration::from_millis(200)); // to ask takes a process, and CPU time from the loader
         }
         loader
     }

@@ -29,7 +29,8 @@ use crate::cast::{
 use crate::harness::{Counters, Test};
 
 pub const TESTS: &[Test] = &[
-    Test::new("200_workers_on_2_servers_stay_exclusive_and_progress", || stress(200, 20, false)).limit_s(600),
+    Test::new("200_workers_on_2_servers_stay_exclusive_and_progress", || stress(200, 100, false))
+        .limit_s(600),
     Test::new("1000_workers_with_timeouts_and_preemption_stay_exclusive_and_progress", || {
         stress(1000, 60, true)
     })
