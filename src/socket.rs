@@ -14,7 +14,6 @@ use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, bind, connect, listen,
     recv, sendmsg, socket,
 };
-use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Group};
 
 use crate::bytes::Bytes;
@@ -40,14 +39,12 @@ impl Socket {
             fs::remove_file(path).with_context(failed)?;
         }
 
-        // 0660 from the first moment on. Nobody can connect before listen(), and then the group is right.
-        let old_mask = umask(Mode::from_bits_truncate(0o117));
-        let bound = bind(fd.as_raw_fd(), &address);
-        umask(old_mask);
-        bound.with_context(failed)?;
+        // Nobody can connect before listen(), and then mode and group are right. No umask: that is the whole process's.
+        bind(fd.as_raw_fd(), &address).with_context(failed)?;
         let metadata = fs::symlink_metadata(path).with_context(failed)?;
         let listener = UnixListener::from(fd);
         let socket = Self { listener, path: path.to_owned(), identity: identity(&metadata) };
+        fs::set_permissions(path, Permissions::from_mode(0o660)).with_context(failed)?;
         if metadata.gid() != group.as_raw() {
             lchown(path, None, Some(group.as_raw())).with_context(failed)?;
         }
