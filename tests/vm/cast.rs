@@ -248,6 +248,19 @@ pub fn in_child(act: impl FnOnce()) {
     }
 }
 
+/// A thread that is no task, and that runs already: to start one changes the address space, and a worker that faults
+/// at that moment sleeps where no test expects it.
+pub fn spawn<T: Send + 'static>(body: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+    let (sender, receiver) = mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        load_stack();
+        sender.send(Box::new(0)).unwrap(); // the allocator has made its arena for this thread
+        body()
+    });
+    receiver.recv().unwrap();
+    thread
+}
+
 pub fn gettid() -> u32 {
     // SAFETY: no arguments, cannot fail.
     unsafe { libc::gettid() }.cast_unsigned()

@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicU32};
-use std::thread::{JoinHandle, sleep, spawn};
+use std::thread::{JoinHandle, sleep};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -19,7 +19,8 @@ use umcg::raw::UMCG_WAIT_ENQUEUE;
 
 use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING};
 use crate::cast::{
-    List, Task, Worker, become_server, become_worker, retire, scaled, spawn_server, spawn_worker, wait_until,
+    List, Task, Worker, become_server, become_worker, retire, scaled, spawn, spawn_server, spawn_worker,
+    wait_until,
 };
 use crate::harness::{Loader, Test};
 use crate::scene::{assert_blocks_are_seen, assert_only, assert_state};

@@ -12,7 +12,9 @@ use std::sync::atomic::Ordering::SeqCst;
 use umcg::raw::UMCG_WAIT_ENQUEUE;
 
 use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING};
-use crate::cast::{List, become_server, open, retire, spawn_server, spawn_worker, spin_until, wait_until};
+use crate::cast::{
+    List, become_server, open, retire, spawn, spawn_server, spawn_worker, spin_until, wait_until,
+};
 use crate::harness::Test;
 use crate::scene::{Other, assert_only, assert_state, lists_are_empty, run_to_end};
 
@@ -75,7 +77,7 @@ fn not_disturbed() {
         STEPS.store(2, SeqCst);
     });
     server.await_runnable(busy.task);
-    let waker = std::thread::spawn(move || {
+    let waker = spawn(move || {
         wait_until("the other worker runs", || STEPS.load(SeqCst) == 1);
         wake.write_all(&[0]).unwrap();
     });

@@ -11,7 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
-use std::thread::{sleep, spawn};
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
@@ -19,8 +19,8 @@ use umcg::raw::{UMCG_TF_PREEMPT as PREEMPT, UMCG_WAIT_ENQUEUE};
 
 use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING};
 use crate::cast::{
-    List, Task, Worker, become_server, open, retire, sched_yield, serve_fifo, spawn_server, spawn_worker,
-    spin_until, wait_until,
+    List, Task, Worker, become_server, open, retire, sched_yield, serve_fifo, spawn, spawn_server,
+    spawn_worker, spin_until, wait_until,
 };
 use crate::harness::{Counters, Test};
 use crate::scene::{STEPS, assert_only, assert_state, stand_still};

@@ -8,7 +8,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64};
-use std::thread::{sleep, spawn};
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{
@@ -19,7 +19,7 @@ use umcg::raw::UMCG_TF_PREEMPT;
 
 use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING};
 use crate::cast::{
-    List, Task, Worker, become_server, gettid, open, retire, sched_yield, spawn_server, spawn_worker,
+    List, Task, Worker, become_server, gettid, open, retire, sched_yield, spawn, spawn_server, spawn_worker,
     spawn_worker_in, spin_until, wait_until,
 };
 use crate::harness::{Counters, Test};

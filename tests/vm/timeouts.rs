@@ -8,14 +8,14 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::SeqCst;
-use std::thread::{sleep, spawn};
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use umcg::raw::UMCG_WAIT_ENQUEUE;
 
 use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING};
 use crate::cast::{
-    List, Task, Worker, become_server, open, retire, scaled, spawn_server, spawn_worker, spin_until,
+    List, Task, Worker, become_server, open, retire, scaled, spawn, spawn_server, spawn_worker, spin_until,
     wait_until,
 };
 use crate::harness::Test;
