@@ -130,7 +130,11 @@ impl Task {
 /// says, and nowhere else. Only the first call does: a later one would touch pages that are there to sleep at.
 pub fn load_program() {
     static LOADED: Once = Once::new();
-    LOADED.call_once(|| mlockall(MlockAllFlags::MCL_CURRENT).expect("cannot lock the test's memory"));
+    LOADED.call_once(lock_memory);
+}
+
+fn lock_memory() {
+    mlockall(MlockAllFlags::MCL_CURRENT).expect("cannot lock the test's memory");
 }
 
 /// Has the stack of the calling thread in memory as far down as any test goes, handlers included: a fault there may
@@ -193,6 +197,7 @@ pub fn spawn_worker_in(
         load_stack();
         before();
         let task = Task::alloc();
+        task.status.store(RUNNABLE, SeqCst); // by NONE a server knows that a worker is gone
         sender.send(task).unwrap();
         become_worker(task, server);
         body(task);
@@ -238,6 +243,7 @@ pub fn in_child(act: impl FnOnce()) {
     // SAFETY: the child only calls what this project promises to work there, and the C library's allocator, which does.
     match unsafe { fork() }.unwrap() {
         ForkResult::Child => {
+            lock_memory(); // a child inherits no locks, and copies what it touches
             let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(act));
             // SAFETY: ends the child without the parent's destructors.
             unsafe { libc::_exit(i32::from(outcome.is_err())) }

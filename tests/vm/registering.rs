@@ -10,7 +10,8 @@ use std::path::Path;
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::mpsc;
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, sleep};
+use std::time::Duration;
 
 use nix::unistd::execv;
 
@@ -260,12 +261,8 @@ fn start_afresh(parents: *mut umcg_task) {
 
     open(2);
     let server = become_server();
-    let worker = spawn_worker(server.tid(), |task| {
-        assert_eq!(task.switch_to(0), 0);
-    });
-    server.await_runnable(worker.task);
-    server.run(worker.task);
-    server.run(worker.task);
+    let worker = spawn_worker(server.tid(), |_| sleep(Duration::from_millis(1)));
+    serve_fifo(server, &[worker.task]);
     worker.thread.join().unwrap();
     retire(server);
     assert_eq!(api::close(), 0);
