@@ -12,7 +12,7 @@
 
 /* Under the lock. */
 static __always_inline bool worker_blocks(struct umcg_ref *self, struct umcg_ref *host, u64 now_ns,
-					  struct umcg_released *released)
+					  u32 *released)
 {
 	if (self->slot->state != UMCG_ACTIVE || !hosted_by(self, host))
 		return false;
@@ -41,7 +41,7 @@ static __always_inline void task_sleeps(u32 nr)
 		return;
 	self.slot->at_boundary = false;
 	lock_with_host(domain, &self, &host);
-	blocked = worker_blocks(&self, &host, now_ns, &released);
+	blocked = worker_blocks(&self, &host, now_ns, &released.host);
 	if (!blocked && self.slot->state != UMCG_BLOCKED)
 		self.slot->asleep = true;
 	bpf_spin_unlock(&domain->lock);

@@ -76,13 +76,13 @@ static __always_inline bool capture_locked(struct umcg_ref *self, struct umcg_re
 	if (!server->slot)
 		return true; /* gone: held until it names a living one and is kicked */
 	push_runnable(server, self);
-	tell_server(server, released);
+	tell_server(server, &released->told);
 	return true;
 }
 
 static __always_inline void capture(struct task_struct *p, u32 nr, struct umcg_released *released)
 {
-	struct umcg_ref self, server, host;
+	struct umcg_ref self, host, server = {};
 	struct umcg_domain *domain;
 	bool captured, preempted = false;
 	u64 now_ns, since_ns;
@@ -105,7 +105,7 @@ static __always_inline void capture(struct task_struct *p, u32 nr, struct umcg_r
 	since_ns = self.slot->since_ns;
 	captured = capture_locked(&self, &server, now_ns, released);
 	if (!captured && UMCG_LOAD(&self.cell->task.umcg_status) & UMCG_TF_PREEMPT)
-		preempted = worker_preempted(&self, &host, now_ns, released);
+		preempted = worker_preempted(&self, &host, now_ns, &released->host);
 	bpf_spin_unlock(&domain->lock);
 
 	if (preempted)

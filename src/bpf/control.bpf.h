@@ -51,7 +51,7 @@ static int ctl_unregister(struct task_struct *p)
 
 /* A waiting worker comes on the list, unless it is there. */
 static __always_inline void list_again(struct umcg_ref *worker, struct umcg_ref *server,
-				       struct umcg_released *released)
+				       u32 *released)
 {
 	if (worker->slot->state != UMCG_WAITING)
 		return;
@@ -63,7 +63,7 @@ static int ctl_kick(struct umcg_ctl_args *args, struct task_struct *p)
 {
 	struct umcg_domain *domain = own_domain(args->domain, p);
 	struct umcg_released released = {};
-	struct umcg_ref task, server;
+	struct umcg_ref task, server = {};
 	int ret = -ESRCH;
 	u32 server_tid;
 
@@ -78,14 +78,12 @@ static int ctl_kick(struct umcg_ctl_args *args, struct task_struct *p)
 	if (ref_is(&task, args->domain, args->tid)) {
 		ret = 0;
 		if (server_tid == args->tid)
-			tell_server(&task, &released);
+			tell_server(&task, &released.told);
 		else if (server.slot && ref_is(&server, args->domain, server_tid))
-			list_again(&task, &server, &released);
+			list_again(&task, &server, &released.told);
 	}
 	bpf_spin_unlock(&domain->lock);
-	bpf_rcu_read_lock();
 	queue_released(&released);
-	bpf_rcu_read_unlock();
 	return ret;
 }
 

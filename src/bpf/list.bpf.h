@@ -11,8 +11,11 @@
 
 #include "atomic.bpf.h"
 
-/* Only a program that hammers its own list head gets this far, and then loses its own entry. */
-#define UMCG_PUSH_ATTEMPTS 16
+/*
+ * An honest program makes one attempt fail: its exchange empties the list, and another one of an empty list changes nothing.
+ * Only one that hammers its own list head gets this far, and then loses its own entry.
+ */
+#define UMCG_PUSH_ATTEMPTS 4
 
 /*
  * Pushes the task at @addr, an address in the program, whose link word is @link.

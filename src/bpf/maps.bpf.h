@@ -191,6 +191,9 @@ static __always_inline struct umcg_cell *cell_at(u32 domain, u32 cell)
 	return map ? bpf_map_lookup_elem(map, &cell) : NULL;
 }
 
+/* slots[0]; not a constant, for the reason that slot_of_tid() gives. */
+u32 nobody;
+
 /* How often a look-up is repeated that the lock then shows to be outdated; each takes a race of its own. */
 #define UMCG_LOOK_UPS 2
 
@@ -211,13 +214,41 @@ static __always_inline bool ref_get(struct umcg_ref *ref, u32 nr)
 	return ref->cell != NULL;
 }
 
-/* Looks a tid up in a domain. Under the lock, ref_is() tells whether it is still that task. */
-static __always_inline bool ref_find(struct umcg_ref *ref, u32 domain, u32 tid)
+/*
+ * A slot that may be nobody's, or of a domain that is closed by now: then it reads like a free one, and its cell, which
+ * nobody looks at, is @self's. There is always something to point at, so what follows need not be verified once with
+ * and once without each task that may be missing. False only in the verifier's mind, or while @self's domain closes.
+ */
+static __always_inline bool ref_get_any(struct umcg_ref *ref, u32 nr, const struct umcg_ref *self)
+{
+	ref->nr = nr;
+	if (nr && ref_get(ref, nr))
+		return true;
+	nr = nobody;
+	ref->slot = bpf_map_lookup_elem(&slots, &nr);
+	/* Looked up anew: two copies of one pointer are not what the verifier takes for the same as two pointers. */
+	ref->cell = cell_at(self->slot->domain, self->slot->cell);
+	return ref->slot && ref->cell;
+}
+
+/*
+ * The slot of a tid in a domain, or 0. Global, like a few more below: such a function is verified once, and to its
+ * callers the result is any number; as a constant in one branch, it would split all that follows in two.
+ */
+__noinline u32 slot_of_tid(u32 domain, u32 tid)
 {
 	struct umcg_tid_key key = { .domain = domain, .tid = tid };
 	u32 *nr = bpf_map_lookup_elem(&tids, &key);
 
-	return nr && ref_get(ref, *nr);
+	return nr ? *nr : 0;
+}
+
+/* Looks a tid up in a domain. Under the lock, ref_is() tells whether it is still that task. */
+static __always_inline bool ref_find(struct umcg_ref *ref, u32 domain, u32 tid)
+{
+	u32 nr = slot_of_tid(domain, tid);
+
+	return nr && ref_get(ref, nr);
 }
 
 static __always_inline bool ref_is(const struct umcg_ref *ref, u32 domain, u32 tid)

@@ -25,24 +25,18 @@ struct {
 /* Entries of `ready`, or a little more: spares ops.dispatch the call when there is nothing. */
 s32 nr_ready;
 
-/* Tasks that one step released and must pass on once the lock is dropped: a worker, its former host, a server told. */
-#define UMCG_MAX_RELEASED 3
-
+/*
+ * Tasks that one step released, to be passed on once the lock is dropped: slots, 0 for nobody. Each has its place, which is
+ * only written under the lock and only looked at in a global function: see slot_of_tid().
+ */
 struct umcg_released {
-	u32 nr[UMCG_MAX_RELEASED]; /* slots; 0 after the last */
+	u32 started;	 /* the worker or server that was named */
+	u32 host;	 /* of a worker that stopped */
+	u32 former_host; /* of a worker that another server starts */
+	u32 told;	 /* a server with an event */
 };
 
-static __always_inline void released_add(struct umcg_released *released, u32 nr)
-{
-	if (!released->nr[0])
-		released->nr[0] = nr;
-	else if (!released->nr[1])
-		released->nr[1] = nr;
-	else
-		released->nr[2] = nr;
-}
-
-/* Asks the CPUs to look at a slot. In RCU, any context. */
+/* Asks the CPUs to look at a slot, if it is somebody's. In RCU, any context. */
 static __always_inline void queue_slot(u32 nr)
 {
 	struct umcg_slot *slot = slot_at(nr);
@@ -58,26 +52,52 @@ static __always_inline void queue_slot(u32 nr)
 		wake_cpu_for(p);
 }
 
-static __always_inline void queue_released(const struct umcg_released *released)
+__noinline int queue_slots(u32 started, u32 host, u32 former_host, u32 told)
 {
-	int i;
-
-	for (i = 0; i < UMCG_MAX_RELEASED && released->nr[i]; i++)
-		queue_slot(released->nr[i]);
+	bpf_rcu_read_lock();
+	queue_slot(started);
+	queue_slot(host);
+	queue_slot(former_host);
+	queue_slot(told);
+	bpf_rcu_read_unlock();
+	return 0;
 }
 
-/* For callbacks that precede ops.dispatch in the same schedule(): the first one runs here and next. */
-static __always_inline void run_released_next(struct umcg_released *released)
+static __always_inline void queue_released(const struct umcg_released *released)
+{
+	queue_slots(released->started, released->host, released->former_host, released->told);
+}
+
+/* True if @nr is somebody, and this CPU has nobody yet to run next. */
+static __always_inline bool note_next(struct umcg_cpu_ctx *cctx, u32 nr)
+{
+	if (!nr || cctx->next)
+		return false;
+	cctx->next = nr;
+	return true;
+}
+
+__noinline int run_next_of(u32 started, u32 host, u32 former_host, u32 told)
 {
 	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
 
-	if (cctx && !cctx->next) {
-		cctx->next = released->nr[0];
-		released->nr[0] = released->nr[1];
-		released->nr[1] = released->nr[2];
-		released->nr[2] = 0;
-	}
-	queue_released(released);
+	if (!cctx)
+		return 0;
+	if (note_next(cctx, started))
+		started = 0;
+	else if (note_next(cctx, host))
+		host = 0;
+	else if (note_next(cctx, former_host))
+		former_host = 0;
+	else if (note_next(cctx, told))
+		told = 0;
+	return queue_slots(started, host, former_host, told);
+}
+
+/* For callbacks that precede ops.dispatch in the same schedule(): the first one runs here and next. */
+static __always_inline void run_released_next(const struct umcg_released *released)
+{
+	run_next_of(released->started, released->host, released->former_host, released->told);
 }
 
 /* The local queue had a task, or another class, so the core did not ask ops.dispatch: let the other CPUs have it. */

@@ -89,12 +89,10 @@ static __always_inline void announce_worker(struct umcg_domain *domain, struct u
 	if (ref_is(&server, self->slot->domain, server_tid)) {
 		self->cell->task.umcg_runnable_ts = now_ns;
 		push_runnable(&server, self);
-		tell_server(&server, &released);
+		tell_server(&server, &released.told);
 	}
 	bpf_spin_unlock(&domain->lock);
-	bpf_rcu_read_lock();
 	queue_released(&released);
-	bpf_rcu_read_unlock();
 }
 
 static __always_inline int publish(struct umcg_task_ctx *tctx, struct umcg_slot *slot, struct task_struct *p,

@@ -17,21 +17,21 @@ static __always_inline void retire_locked(struct umcg_domain *domain, struct umc
 	domain->nr_tasks--;
 	set_state(self->slot, UMCG_FREE);
 	status_show(&self->cell->task.umcg_status, UMCG_STATE_NONE);
-	end_serving(self, host, released);
+	end_serving(self, host, &released->host);
 	self->slot->serving = 0;
 	UMCG_XCHG(&self->slot->custody, UMCG_CUSTODY_FREE);
 	if (!server->slot)
 		return;
 	self->cell->task.umcg_runnable_ts = now_ns;
 	push_runnable(server, self);
-	tell_server(server, released);
+	tell_server(server, &released->told);
 }
 
 /* @surprise: it did not unregister; its server learns of it by the runnable list. */
 static __always_inline int retire_slot(u32 nr, struct umcg_task_ctx *tctx, bool surprise)
 {
 	struct umcg_released released = {};
-	struct umcg_ref self, host, server;
+	struct umcg_ref self, host, server = {};
 	struct umcg_tid_key key = {};
 	struct umcg_domain *domain;
 	struct task_struct *old;
@@ -67,9 +67,7 @@ static __always_inline int retire_slot(u32 nr, struct umcg_task_ctx *tctx, bool 
 	retire_locked(domain, &self, &host, &server, now_ns, &released);
 	bpf_spin_unlock(&domain->lock);
 	__sync_fetch_and_add(&nr_registered, -1);
-	bpf_rcu_read_lock();
 	queue_released(&released);
-	bpf_rcu_read_unlock();
 	return 0;
 }
 

@@ -43,12 +43,12 @@ static __always_inline void push_runnable(struct umcg_ref *server, struct umcg_r
 	worker->slot->listed_gen = server->slot->list_gen;
 }
 
-static __always_inline void become_running(struct umcg_ref *task, struct umcg_released *released)
+static __always_inline void become_running(struct umcg_ref *task, u32 *released)
 {
 	set_state(task->slot, UMCG_ACTIVE);
 	status_show(&task->cell->task.umcg_status, UMCG_STATE_RUNNING);
 	if (custody_release(&task->slot->custody))
-		released_add(released, task->nr);
+		*released = task->nr;
 }
 
 /*
@@ -56,7 +56,7 @@ static __always_inline void become_running(struct umcg_ref *task, struct umcg_re
  * its lists. Either it takes the entry, or this finds the mark and takes it back, so that its umcg_wait()
  * returns at once; or both. A server that serves is not disturbed.
  */
-static __always_inline void tell_server(struct umcg_ref *server, struct umcg_released *released)
+static __always_inline void tell_server(struct umcg_ref *server, u32 *released)
 {
 	if (server->slot->state == UMCG_WAITING)
 		become_running(server, released);
@@ -65,15 +65,14 @@ static __always_inline void tell_server(struct umcg_ref *server, struct umcg_rel
 }
 
 /* A worker stopped: its host is free, and becomes RUNNING unless it is (its wait had timed out). */
-static __always_inline void end_serving(struct umcg_ref *worker, struct umcg_ref *host,
-					struct umcg_released *released)
+static __always_inline void end_serving(struct umcg_ref *worker, struct umcg_ref *host, u32 *released)
 {
 	if (hosted_by(worker, host)) {
 		host->slot->serving = 0;
-		if (host->slot->state == UMCG_SERVING)
+		if (host->slot->state == UMCG_SERVING || host->slot->state == UMCG_WAITING)
 			become_running(host, released);
-		else
-			tell_server(host, released);
+		else if (host->slot->state == UMCG_ACTIVE)
+			status_unmark(&host->cell->task.umcg_status);
 	}
 	worker->slot->host = 0;
 }
@@ -122,7 +121,7 @@ static __always_inline void stop_captured(struct umcg_ref *self, u64 now_ns)
  * True if it was a worker and stops here.
  */
 static __always_inline bool worker_preempted(struct umcg_ref *self, struct umcg_ref *host, u64 now_ns,
-					     struct umcg_released *released)
+					     u32 *released)
 {
 	if (self->slot->state != UMCG_ACTIVE || !hosted_by(self, host))
 		return false;

@@ -32,14 +32,12 @@ static int wait_timed_out(void *map, u32 *nr, struct umcg_slot *slot)
 	} else if (self.slot->deadline_ns) {
 		self.slot->deadline_ns = 0;
 		self.cell->call.result = -ETIMEDOUT;
-		become_running(&self, &released); /* one that serves stays serving */
+		become_running(&self, &released.told); /* one that serves stays serving */
 	}
 	bpf_spin_unlock(&domain->lock);
 	if (early_for)
 		bpf_timer_start(&slot->timer, early_for, BPF_F_TIMER_ABS);
-	bpf_rcu_read_lock();
 	queue_released(&released);
-	bpf_rcu_read_unlock();
 	return 0;
 }
 
@@ -53,11 +51,15 @@ static __always_inline int init_timeout(struct umcg_slot *slot)
 	return bpf_timer_set_callback(&slot->timer, wait_timed_out);
 }
 
-/* CLOCK_MONOTONIC @timeout_ns from now; what lies beyond the end of time is the end of time. */
-static __always_inline u64 deadline_after(u64 timeout_ns)
+/* CLOCK_MONOTONIC @timeout_ns from now, 0 for no timeout; what lies beyond the end of time is the end of time. */
+__noinline u64 deadline_after(u64 timeout_ns)
 {
-	u64 now_ns = bpf_ktime_get_ns(), deadline_ns = now_ns + timeout_ns;
+	u64 now_ns, deadline_ns;
 
+	if (!timeout_ns)
+		return 0;
+	now_ns = bpf_ktime_get_ns();
+	deadline_ns = now_ns + timeout_ns;
 	return deadline_ns < now_ns || deadline_ns > END_OF_TIME ? END_OF_TIME : deadline_ns;
 }
 

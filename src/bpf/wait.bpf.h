@@ -16,7 +16,7 @@
 /* start_worker(): the worker was asleep, so it became BLOCKED at once and its host goes on. */
 #define UMCG_STARTED_ASLEEP 1
 
-/* Who takes part in a wait; a ref whose slot is NULL stands for nobody. */
+/* Who takes part in a wait; each may be nobody: see ref_get_any(). */
 struct umcg_wait {
 	struct umcg_ref self;
 	struct umcg_ref host;	   /* of self, if that is a hosted worker */
@@ -62,7 +62,7 @@ static __always_inline int start_worker(struct umcg_wait *w, struct umcg_ref *ho
 	if (!take(worker))
 		return -EBUSY;
 
-	end_serving(worker, &w->next_host, &w->released);
+	end_serving(worker, &w->next_host, &w->released.former_host);
 	if (worker->slot->asleep) {
 		worker->slot->asleep = false;
 		set_state(worker->slot, UMCG_BLOCKED);
@@ -80,7 +80,7 @@ static __always_inline int start_worker(struct umcg_wait *w, struct umcg_ref *ho
 	worker->slot->host = host->nr;
 	host->slot->serving = worker->nr;
 	if (custody_release(&worker->slot->custody))
-		released_add(&w->released, worker->nr);
+		w->released.started = worker->nr;
 	return 0;
 }
 
@@ -95,8 +95,14 @@ static __always_inline int start_server(struct umcg_wait *w)
 	if (!take(server))
 		return -EBUSY;
 	if (state == UMCG_WAITING)
-		become_running(server, &w->released);
+		become_running(server, &w->released.started);
 	return 0;
+}
+
+/* A server that names itself idles, as one that names nobody. */
+static __always_inline bool names_another(const struct umcg_wait *w)
+{
+	return w->next_tid && w->next.nr != w->self.nr;
 }
 
 static __always_inline int server_waits(struct umcg_wait *w)
@@ -107,14 +113,14 @@ static __always_inline int server_waits(struct umcg_wait *w)
 	self->slot->is_server = true;
 	self->slot->deadline_ns = w->deadline_ns;
 	if (self->slot->serving) { /* its wait had timed out */
-		if (w->next_tid && w->next.nr != self->slot->serving)
+		if (names_another(w) && w->next.nr != self->slot->serving)
 			return -EBUSY;
 		self->cell->task.umcg_next_tid = 0;
 		stop(self, UMCG_SERVING);
 		return 0;
 	}
-	if (!w->next_tid) {
-		end_serving(self, &w->host, &w->released); /* it was a worker until now */
+	if (!names_another(w)) {
+		end_serving(self, &w->host, &w->released.host); /* it was a worker until now */
 		stop(self, UMCG_WAITING);
 		return 0;
 	}
@@ -124,7 +130,7 @@ static __always_inline int server_waits(struct umcg_wait *w)
 		ret = start_worker(w, self);
 	if (ret < 0)
 		return ret;
-	end_serving(self, &w->host, &w->released);
+	end_serving(self, &w->host, &w->released.host);
 	self->cell->task.umcg_next_tid = 0;
 	if (ret == UMCG_STARTED_ASLEEP)
 		status_move(&self->cell->task.umcg_status, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING);
@@ -136,7 +142,13 @@ static __always_inline int server_waits(struct umcg_wait *w)
 static __always_inline void enqueue_self(struct umcg_wait *w, struct umcg_ref *server)
 {
 	push_runnable(server, &w->self);
-	tell_server(server, &w->released);
+	tell_server(server, &w->released.told);
+}
+
+/* The server that self names, which is looked up only where one is needed. */
+static __always_inline bool server_is_there(const struct umcg_wait *w)
+{
+	return ref_is(&w->server, w->self.slot->domain, w->server_tid) && ref_is_server(&w->server);
 }
 
 static __always_inline int worker_waits(struct umcg_wait *w)
@@ -150,10 +162,10 @@ static __always_inline int worker_waits(struct umcg_wait *w)
 	self->slot->deadline_ns = 0;
 	if (self->slot->serving)
 		return -EBUSY; /* a server whose wait had timed out, and that wants to be a worker now */
-	if (w->flags & UMCG_WAIT_ENQUEUE && !w->server.slot)
+	if (w->flags & UMCG_WAIT_ENQUEUE && !server_is_there(w))
 		return -ESRCH;
 	if (!hosted_by(self, &w->host)) { /* its host is gone: another server may take it over */
-		if (!to_host || !w->server.slot)
+		if (!to_host || !server_is_there(w))
 			return -ESRCH;
 		self->slot->host = 0;
 		stop(self, UMCG_WAITING);
@@ -172,7 +184,7 @@ static __always_inline int worker_waits(struct umcg_wait *w)
 	/* From here on self has stopped; if it started another worker, its host serves that one and goes on waiting. */
 	stop(self, UMCG_WAITING);
 	host_waits = w->host.slot->state == UMCG_SERVING;
-	end_serving(self, &w->host, &w->released);
+	end_serving(self, &w->host, &w->released.host);
 	if (w->flags & UMCG_WAIT_ENQUEUE)
 		enqueue_self(w, &w->server);
 	else if (to_host && !host_waits)
@@ -201,9 +213,7 @@ static __always_inline int wait_locked(struct umcg_wait *w)
 		return -EAGAIN; /* BLOCKED and not captured: the scheduler is going away, or the program writes what it likes */
 	if (self->host != w->host.nr)
 		return -EAGAIN; /* another server took it over meanwhile */
-	if (w->server.slot && !ref_is(&w->server, self->domain, w->server_tid))
-		w->server.slot = NULL;
-	if (w->next_tid && (!w->next.slot || !ref_is(&w->next, self->domain, w->next_tid)))
+	if (w->next_tid && !ref_is(&w->next, self->domain, w->next_tid))
 		return -ESRCH;
 	if (w->next_tid && w->next.slot->host != w->next_host.nr)
 		return -EAGAIN;
@@ -212,35 +222,28 @@ static __always_inline int wait_locked(struct umcg_wait *w)
 	return worker_waits(w);
 }
 
-static __always_inline void wait_look_up(struct umcg_wait *w)
+/* False only in the verifier's mind: see ref_get_any(). */
+static __always_inline bool wait_look_up(struct umcg_wait *w)
 {
 	struct umcg_task *task = &w->self.cell->task;
 	u32 domain = w->self.slot->domain, server_tid = UMCG_LOAD(&task->umcg_server_tid);
-	u64 timeout_ns = UMCG_LOAD(&w->self.cell->call.timeout_ns);
-	bool needs_server;
+	u32 server = nobody;
 
 	w->flags = UMCG_LOAD(&w->self.cell->call.flags);
-	if (timeout_ns)
-		w->deadline_ns = deadline_after(timeout_ns);
-	w->next_tid = UMCG_LOAD(&task->umcg_next_tid);
-	if (server_tid == w->self.slot->tid && w->next_tid == server_tid)
-		w->next_tid = 0; /* a server that names itself idles */
-	if (!ref_get(&w->host, w->self.slot->host))
-		w->host.slot = NULL;
+	w->deadline_ns = deadline_after(UMCG_LOAD(&w->self.cell->call.timeout_ns));
 	w->server_tid = server_tid;
-	needs_server = w->flags & UMCG_WAIT_ENQUEUE || !hosted_by(&w->self, &w->host);
-	if (!needs_server || !ref_find(&w->server, domain, server_tid) || !ref_is_server(&w->server))
-		w->server.slot = NULL;
-	w->next_host.slot = NULL;
-	w->next_host.nr = 0;
-	if (!w->next_tid || !ref_find(&w->next, domain, w->next_tid)) {
-		w->next.slot = NULL;
-		return;
-	}
-	if (!ref_get(&w->next_host, w->next.slot->host))
-		w->next_host.slot = NULL;
+	w->next_tid = UMCG_LOAD(&task->umcg_next_tid);
+	if (!ref_get_any(&w->host, w->self.slot->host, &w->self))
+		return false;
+	if (server_tid != w->self.slot->tid && (w->flags & UMCG_WAIT_ENQUEUE || !hosted_by(&w->self, &w->host)))
+		server = slot_of_tid(domain, server_tid);
+	if (!ref_get_any(&w->server, server, &w->self) ||
+	    !ref_get_any(&w->next, slot_of_tid(domain, w->next_tid), &w->self) ||
+	    !ref_get_any(&w->next_host, w->next.slot->host, &w->self))
+		return false;
 	if (w->next.slot->asleep)
 		w->now_ns = bpf_ktime_get_ns();
+	return true;
 }
 
 /* What the system call would return. */
@@ -250,18 +253,19 @@ static __always_inline void wait_fail(struct umcg_ref *self, int error)
 	status_move(&self->cell->task.umcg_status, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING);
 }
 
-/* Statistics of a wait that switched; the lock is dropped. */
-static __always_inline void wait_account(const struct umcg_wait *w)
+/* Statistics of a wait; @captured_ns: when whom it started was captured, or 0. */
+__noinline int wait_account(bool is_switch, u64 captured_ns)
 {
 	struct umcg_stats *st = this_stats();
 
 	if (!st)
-		return;
+		return 0;
 	st->waits++;
-	if (w->next_tid)
+	if (is_switch)
 		st->switches++;
-	if (w->captured_ns)
-		st->runnable_ns += bpf_ktime_get_ns() - w->captured_ns;
+	if (captured_ns)
+		st->runnable_ns += bpf_ktime_get_ns() - captured_ns;
+	return 0;
 }
 
 /* ops.yield of a registered task inside umcg_wait(): @nr is its slot, its run queue is locked. */
@@ -276,7 +280,8 @@ static __always_inline void umcg_waits(struct task_struct *p, u32 nr)
 	domain = domain_of(w.self.slot->domain);
 	if (!domain)
 		return;
-	wait_look_up(&w);
+	if (!wait_look_up(&w))
+		return;
 	bpf_spin_lock(&domain->lock);
 	ret = wait_locked(&w);
 	bpf_spin_unlock(&domain->lock);
@@ -287,7 +292,7 @@ static __always_inline void umcg_waits(struct task_struct *p, u32 nr)
 		wait_fail(&w.self, ret);
 		return;
 	}
-	wait_account(&w);
+	wait_account(names_another(&w), w.captured_ns);
 	if (!custody_is_held(&w.self.slot->custody)) { /* it goes on: nobody else has this CPU */
 		queue_released(&w.released);
 		return;
@@ -312,7 +317,7 @@ static __always_inline void task_yields(struct task_struct *p, struct umcg_ref *
 		return;
 	now_ns = bpf_ktime_get_ns();
 	lock_with_host(domain, self, &host);
-	stopped = worker_preempted(self, &host, now_ns, &released);
+	stopped = worker_preempted(self, &host, now_ns, &released.host);
 	bpf_spin_unlock(&domain->lock);
 	if (!stopped)
 		return;
