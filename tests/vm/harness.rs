@@ -167,6 +167,8 @@ pub fn main(tests: &[Test]) -> ExitCode {
     }
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1); // tests count what is in the whole machine
+    let mut tests = tests.to_vec();
+    tests.sort_by_key(|test| test.own_loader); // the common loader starts once
     let trials = tests.iter().map(|&test| Trial::test(test.name, move || run_in_child(test))).collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     *COMMON_LOADER.lock().unwrap_or_else(PoisonError::into_inner) = None; // a static is never dropped
