@@ -193,5 +193,6 @@ fn add(a: umcg_stats, b: umcg_stats) -> umcg_stats {
         refreshes: a.refreshes + b.refreshes,
         signal_releases: a.signal_releases + b.signal_releases,
         rescues: a.rescues + b.rescues,
+        sweeps: a.sweeps + b.sweeps,
     }
 }

@@ -176,6 +176,7 @@ pub struct umcg_stats {
     pub refreshes: u64,
     pub signal_releases: u64,
     pub rescues: u64,
+    pub sweeps: u64,
 }
 
 const _: () = {
@@ -186,5 +187,5 @@ const _: () = {
     assert!(size_of::<umcg_header>() == size_of::<umcg_cell>());
     assert!(size_of::<umcg_hello>() == 16 && size_of::<umcg_welcome>() == 24);
     assert!(size_of::<umcg_ctl_args>() == 48 && size_of::<umcg_admin_args>() == 32);
-    assert!(size_of::<umcg_stats>() == 96);
+    assert!(size_of::<umcg_stats>() == 104);
 };

@@ -57,6 +57,8 @@ pub(crate) struct Metrics {
     pub(crate) signal_releases: u64,
     #[stat(desc = "released tasks that no CPU had fetched in time")]
     pub(crate) rescues: u64,
+    #[stat(desc = "looks at all held tasks: 50 a second, or more for signals")]
+    pub(crate) sweeps: u64,
 }
 
 impl Metrics {
@@ -77,6 +79,7 @@ impl Metrics {
             refreshes: counters.refreshes,
             signal_releases: counters.signal_releases,
             rescues: counters.rescues,
+            sweeps: counters.sweeps,
         }
     }
 }

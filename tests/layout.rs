@@ -81,7 +81,7 @@ mirrors! {
     umcg_admin_args { op, result, domain, first_slot, nr_slots, reserved, nonce }
     umcg_stats {
         registrations, waits, switches, blocks, captures, preemptions, kicks, blocked_ns, runnable_ns,
-        refreshes, signal_releases, rescues,
+        refreshes, signal_releases, rescues, sweeps,
     }
 }
 

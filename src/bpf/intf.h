@@ -134,6 +134,7 @@ struct umcg_stats {
 	uint64_t refreshes;	  /* held tasks shown to the sched_ext watchdog */
 	uint64_t signal_releases; /* held tasks let go for a signal, job control, ptrace or the freezer */
 	uint64_t rescues;	  /* released tasks that no CPU had fetched in time */
+	uint64_t sweeps;	  /* looks at all held tasks */
 };
 
 #endif /* UMCG_INTF_H */

@@ -56,6 +56,8 @@ static int sweep(void *map, u32 *key, struct umcg_sweep *timer)
 	if (UMCG_LOAD(&epoch_over))
 		return 0;
 	bpf_loop(UMCG_LOAD(&slot_limit), sweep_one, NULL, 0);
+	STAT_INC(sweeps);
+	UMCG_STORE(&swept_ns, bpf_ktime_get_ns());
 	UMCG_XCHG(&sweep_armed, 0);
 	if (UMCG_LOAD(&nr_registered))
 		need_sweep();

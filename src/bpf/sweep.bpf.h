@@ -22,6 +22,7 @@
 #include "queue.bpf.h"
 
 #define SWEEP_PERIOD_NS (20ULL * 1000 * 1000)
+#define SWEEP_GAP_NS (1000 * 1000) /* at least, whatever asks for a round */
 #define ROUNDS_UNTIL_SHOWN 50 /* of SWEEP_PERIOD_NS: one second */
 #define ROUNDS_UNTIL_RESCUED 3
 
@@ -36,6 +37,9 @@ struct {
 	__type(value, struct umcg_sweep);
 } sweeps SEC(".maps");
 
+/* When the last round ended, CLOCK_MONOTONIC. */
+u64 swept_ns;
+
 /* 1 while the timer is armed; exchange. */
 u32 sweep_armed;
 
@@ -46,6 +50,14 @@ static __always_inline void arm_sweep(u64 delay_ns)
 
 	if (!sweep || bpf_timer_start(&sweep->timer, delay_ns, 0))
 		UMCG_XCHG(&sweep_armed, 0); /* whoever needs it next tries again */
+}
+
+/* A round now, or soon after the last one: a flood of requests is not to be a flood of rounds. */
+static __always_inline void sweep_soon(void)
+{
+	u64 since_ns = bpf_ktime_get_ns() - UMCG_LOAD(&swept_ns);
+
+	arm_sweep(since_ns < SWEEP_GAP_NS ? SWEEP_GAP_NS - since_ns : 0);
 }
 
 /* A task was registered. Pairs with sweep() in reap.bpf.h: it disarms, then looks at nr_registered. */
@@ -98,7 +110,7 @@ static __always_inline void sweep_ready(struct umcg_slot *slot, u32 nr)
 }
 
 /*
- * A signal: held tasks need not wait for the next round. What passes no tracepoint (exit_group, exec, a core dump,
+ * A signal: held tasks need not wait for the next round, but no longer than SWEEP_GAP_NS. What passes no tracepoint (exit_group, exec, a core dump,
  * ptrace, the freezer) the next round finds.
  */
 SEC("tp_btf/signal_generate")
@@ -110,7 +122,7 @@ int BPF_PROG(umcg_signal_generate, int sig, struct kernel_siginfo *info, struct 
 		return 0;
 	leader = bpf_task_storage_get(&task_ctxs, p->group_leader, 0, 0);
 	if (leader && leader->owns_domain)
-		arm_sweep(0);
+		sweep_soon();
 	return 0;
 }
 

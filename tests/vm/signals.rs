@@ -12,7 +12,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{
-    SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signal, kill, pthread_sigmask, sigaction,
+    SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signal, kill, pthread_sigmask, raise, sigaction,
+    signal,
 };
 use nix::unistd::{Pid, getpid};
 use umcg::raw::UMCG_TF_PREEMPT;
@@ -39,6 +40,7 @@ pub const TESTS: &[Test] = &[
     Test::new("a_signal_for_the_process_finds_the_held_worker_that_takes_it", process_worker),
     Test::new("a_signal_for_the_process_finds_the_idle_server_that_takes_it", process_server),
     Test::new("a_storm_of_signals_lets_no_held_worker_go", storm).limit_s(300),
+    Test::new("a_flood_of_signals_is_no_flood_of_sweeps", flood),
 ];
 
 const SIGNAL: Signal = Signal::SIGUSR1;
@@ -426,10 +428,13 @@ fn process_server() {
     retire(server);
 }
 
-/// A worker reads its status in its handler and in its code: not RUNNING is a miss.
+/// A worker reads its status in its handler and in its code: not RUNNING is a miss. So it is not for a handler that comes
+/// after the worker's own mark and before the system call: that runs at once, as the rest of the worker does.
 fn storm() {
     static MISSES: AtomicU64 = AtomicU64::new(0);
     static STOP: AtomicBool = AtomicBool::new(false);
+    static MARKS_ITSELF: AtomicBool = AtomicBool::new(false);
+    static EARLY: AtomicU64 = AtomicU64::new(0);
     const ROUNDS: u64 = 300;
 
     fn look(task: &Task) {
@@ -440,7 +445,11 @@ fn storm() {
     extern "C" fn look_and_count(signal: i32) {
         // SAFETY: structs of the domain live as long as the process; the library gives the caller's, or null.
         if let Some(me) = unsafe { api::current().cast::<Task>().as_ref() } {
-            look(me);
+            if MARKS_ITSELF.load(SeqCst) {
+                EARLY.fetch_add(u64::from(me.state() != RUNNING), SeqCst);
+            } else {
+                look(me);
+            }
         }
         count(signal);
     }
@@ -453,7 +462,11 @@ fn storm() {
             STEPS.fetch_add(1, SeqCst);
             match STEPS.load(SeqCst) % 3 {
                 0 => sleep(Duration::from_micros(300)),
-                1 => assert_eq!(task.switch_to(0), 0),
+                1 => {
+                    MARKS_ITSELF.store(true, SeqCst);
+                    assert_eq!(task.switch_to(0), 0);
+                    MARKS_ITSELF.store(false, SeqCst);
+                }
                 _ => (0..1000).for_each(|_| look(task)),
             }
             look(task);
@@ -484,10 +497,35 @@ fn storm() {
             server.await_runnable(task);
         }
     }
-    println!("{} handlers, {} steps", HANDLED.load(SeqCst), STEPS.load(SeqCst));
+    println!(
+        "{} handlers, {} of them just before a wait, {} steps",
+        HANDLED.load(SeqCst),
+        EARLY.load(SeqCst),
+        STEPS.load(SeqCst)
+    );
     assert_eq!(MISSES.load(SeqCst), 0, "user code ran when it was not RUNNING");
     println!("{} held tasks let go for a signal", counters.added("signal_releases"));
     worker.thread.join().unwrap();
+    retire(server);
+}
+
+/// Each signal asks for a sweep of all slots; there is one a millisecond at most.
+fn flood() {
+    const SIGNALS: u64 = 20_000;
+
+    open(1);
+    let server = become_server();
+    // SAFETY: changes the disposition of a signal that nothing here uses.
+    unsafe { signal(Signal::SIGUSR2, SigHandler::SigIgn) }.unwrap();
+    let started = Instant::now();
+    let counters = Counters::now();
+    for _ in 0..SIGNALS {
+        raise(Signal::SIGUSR2).unwrap();
+    }
+    let sweeps = counters.added("sweeps");
+    let ms = started.elapsed().as_millis() as u64;
+    println!("{SIGNALS} signals, {ms} ms, {sweeps} sweeps");
+    assert!(sweeps <= ms + 1, "more than one sweep a millisecond");
     retire(server);
 }
 
