@@ -48,7 +48,7 @@ struct umcg_slot {
 	u32 list_gen;	 /* server: how often its runnable list was begun anew; under the lock */
 	u64 addr;	 /* of the struct umcg_task in the process */
 	u64 since_ns;	 /* when it was blocked, or captured: for the statistics; under the lock */
-	u32 rounds;	 /* of the sweep since it was parked or released; a lost update costs a round */
+	u32 periods;	 /* of the sweep since it was parked or released; a lost update costs a period */
 	bool is_server;	 /* as it named its server when it registered or last waited; under the lock */
 	bool asleep;	 /* went to sleep in a state that does not show it; under the lock */
 	bool at_boundary; /* about to return to user code: written on the task's own CPU only */

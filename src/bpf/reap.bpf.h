@@ -8,7 +8,13 @@
 #include "retire.bpf.h"
 #include "sweep.bpf.h"
 
-static __always_inline void sweep_slot(u32 nr)
+/* What a round tells those that look at one slot each. */
+struct umcg_round {
+	u64 now_ns;
+	u32 periods;
+};
+
+static __always_inline void sweep_slot(u32 nr, const struct umcg_round *round)
 {
 	struct umcg_slot *slot = slot_at(nr);
 	struct task_struct *p;
@@ -22,10 +28,12 @@ static __always_inline void sweep_slot(u32 nr)
 	p = slot->task;
 	if (!p)
 		return;
-	if (custody == UMCG_CUSTODY_PARKED)
-		sweep_parked(slot, nr, p);
-	else
-		sweep_ready(slot, nr);
+	if (custody == UMCG_CUSTODY_PARKED) {
+		sweep_timeout(slot, round->now_ns);
+		sweep_parked(slot, nr, p, round->periods);
+	} else {
+		sweep_ready(slot, nr, round->periods);
+	}
 }
 
 /* A dead task that is registered still: the kernel skips a tracing program that it interrupted on the same CPU. */
@@ -37,14 +45,14 @@ static __always_inline bool is_left_over(u32 nr)
 	return p && p->exit_state;
 }
 
-static int sweep_one(u32 nr, void *unused)
+static int sweep_one(u32 nr, struct umcg_round *round)
 {
 	bool left_over;
 
 	bpf_rcu_read_lock();
 	left_over = is_left_over(nr);
 	if (!left_over)
-		sweep_slot(nr);
+		sweep_slot(nr, round);
 	bpf_rcu_read_unlock();
 	if (left_over)
 		retire_slot(nr, NULL, true);
@@ -53,9 +61,16 @@ static int sweep_one(u32 nr, void *unused)
 
 static int sweep(void *map, u32 *key, struct umcg_sweep *timer)
 {
+	struct umcg_round round = { .now_ns = bpf_ktime_get_ns() };
+
 	if (UMCG_LOAD(&epoch_over))
 		return 0;
-	bpf_loop(UMCG_LOAD(&slot_limit), sweep_one, NULL, 0);
+	UMCG_XCHG(&sweep_asked, 0); /* from here on a request is for the next round */
+	if (round.now_ns - period_ns >= SWEEP_PERIOD_NS) {
+		period_ns = round.now_ns;
+		round.periods = 1;
+	}
+	bpf_loop(UMCG_LOAD(&slot_limit), sweep_one, &round, 0);
 	STAT_INC(sweeps);
 	UMCG_STORE(&swept_ns, bpf_ktime_get_ns());
 	UMCG_XCHG(&sweep_armed, 0);

@@ -22,9 +22,9 @@
 #include "queue.bpf.h"
 
 #define SWEEP_PERIOD_NS (20ULL * 1000 * 1000)
-#define SWEEP_GAP_NS (1000 * 1000) /* at least, whatever asks for a round */
-#define ROUNDS_UNTIL_SHOWN 50 /* of SWEEP_PERIOD_NS: one second */
-#define ROUNDS_UNTIL_RESCUED 3
+#define SWEEP_GAP_NS (1000ULL * 1000) /* from one round to the next at least, whatever asks for it */
+#define PERIODS_UNTIL_SHOWN 50 /* one second */
+#define PERIODS_UNTIL_RESCUED 3
 
 struct umcg_sweep {
 	struct bpf_timer timer;
@@ -37,34 +37,48 @@ struct {
 	__type(value, struct umcg_sweep);
 } sweeps SEC(".maps");
 
-/* When the last round ended, CLOCK_MONOTONIC. */
-u64 swept_ns;
+/* When the last round ended, and when the last one began that ended a period; CLOCK_MONOTONIC. */
+u64 swept_ns, period_ns;
 
-/* 1 while the timer is armed; exchange. */
-u32 sweep_armed;
+/* 1 while the timer is armed, and while somebody who cannot wait for the period's end has set it; exchange. */
+u32 sweep_armed, sweep_asked;
 
 static __always_inline void arm_sweep(u64 delay_ns)
 {
 	u32 zero = 0;
 	struct umcg_sweep *sweep = bpf_map_lookup_elem(&sweeps, &zero);
 
-	if (!sweep || bpf_timer_start(&sweep->timer, delay_ns, 0))
+	if (!sweep || bpf_timer_start(&sweep->timer, delay_ns, 0)) {
 		UMCG_XCHG(&sweep_armed, 0); /* whoever needs it next tries again */
+		UMCG_XCHG(&sweep_asked, 0);
+	}
 }
 
-/* A round now, or soon after the last one: a flood of requests is not to be a flood of rounds. */
+/*
+ * A round now, or soon after the last one: a flood of requests is not to be a flood of rounds. Nor are requests to put the
+ * round off: to start a timer again takes it away from the CPU that is about to run it, so only the first one starts it.
+ */
 static __always_inline void sweep_soon(void)
 {
-	u64 since_ns = bpf_ktime_get_ns() - UMCG_LOAD(&swept_ns);
+	u64 since_ns, ended_ns = UMCG_LOAD(&swept_ns);
 
+	if (UMCG_LOAD(&sweep_asked) || UMCG_XCHG(&sweep_asked, 1))
+		return;
+	since_ns = bpf_ktime_get_ns() - ended_ns;
 	arm_sweep(since_ns < SWEEP_GAP_NS ? SWEEP_GAP_NS - since_ns : 0);
 }
 
-/* A task was registered. Pairs with sweep() in reap.bpf.h: it disarms, then looks at nr_registered. */
+/*
+ * A task was registered. Pairs with sweep() in reap.bpf.h: it disarms, then looks at nr_registered.
+ * This may replace what sweep_soon() has set, so it looks for that afterwards; what it does not see then, replaces this.
+ */
 static __always_inline void need_sweep(void)
 {
-	if (!UMCG_XCHG(&sweep_armed, 1))
-		arm_sweep(SWEEP_PERIOD_NS);
+	if (UMCG_XCHG(&sweep_armed, 1))
+		return;
+	arm_sweep(SWEEP_PERIOD_NS);
+	if (UMCG_LOAD(&sweep_asked))
+		arm_sweep(SWEEP_GAP_NS);
 }
 
 /* From the kernel's linux/sched/jobctl.h: JOBCTL_STOP_PENDING, TRAP_STOP, TRAP_NOTIFY, TRAP_FREEZE. */
@@ -84,7 +98,15 @@ static __always_inline bool wanted_by_kernel(struct umcg_slot *slot, struct task
 	return is_new || p->pending.signal.sig[0] & deliverable || p->jobctl & JOBCTL_PENDING;
 }
 
-static __always_inline void sweep_parked(struct umcg_slot *slot, u32 nr, struct task_struct *p)
+/* The timer of a wait could not be started: the kernel may need memory for that. Its callback looks whether it is time. */
+static __always_inline void sweep_timeout(struct umcg_slot *slot, u64 now_ns)
+{
+	if (slot->deadline_ns && slot->deadline_ns + SWEEP_PERIOD_NS < now_ns)
+		bpf_timer_start(&slot->timer, 0, 0);
+}
+
+/* @periods that have ended with this round: 0 or 1, as in all below. */
+static __always_inline void sweep_parked(struct umcg_slot *slot, u32 nr, struct task_struct *p, u32 periods)
 {
 	if (task_is_dying(p) || wanted_by_kernel(slot, p)) {
 		if (custody_release(&slot->custody)) {
@@ -93,18 +115,20 @@ static __always_inline void sweep_parked(struct umcg_slot *slot, u32 nr, struct 
 		}
 		return;
 	}
-	if (++slot->rounds < ROUNDS_UNTIL_SHOWN)
+	slot->periods += periods;
+	if (slot->periods < PERIODS_UNTIL_SHOWN)
 		return;
-	slot->rounds = 0;
+	slot->periods = 0;
 	STAT_INC(refreshes);
 	queue_slot(nr);
 }
 
-static __always_inline void sweep_ready(struct umcg_slot *slot, u32 nr)
+static __always_inline void sweep_ready(struct umcg_slot *slot, u32 nr, u32 periods)
 {
-	if (++slot->rounds < ROUNDS_UNTIL_RESCUED)
+	slot->periods += periods;
+	if (slot->periods < PERIODS_UNTIL_RESCUED)
 		return;
-	slot->rounds = 0;
+	slot->periods = 0;
 	STAT_INC(rescues);
 	queue_slot(nr);
 }

@@ -87,7 +87,7 @@ static __always_inline bool hold_registered(struct task_struct *p, u32 nr)
 		queue_released(&released);
 	}
 	queue_unasked_next();
-	slot->rounds = 0;
+	slot->periods = 0;
 	if (!custody_park(&slot->custody))
 		return false;
 	/* Pairs with the signal code, which marks it dying and then starts the sweep, which looks for parked
