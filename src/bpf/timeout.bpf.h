@@ -18,15 +18,18 @@ static int wait_timed_out(void *map, u32 *nr, struct umcg_slot *slot)
 	struct umcg_domain *domain;
 	struct umcg_ref self;
 	u64 now_ns = bpf_ktime_get_ns(), early_for = 0;
+	u32 domain_nr = slot->domain;
 
 	if (UMCG_LOAD(&epoch_over) || !ref_get(&self, *nr))
 		return 0;
-	domain = domain_of(self.slot->domain);
+	domain = domain_of(domain_nr);
 	if (!domain)
 		return 0;
 	bpf_spin_lock(&domain->lock);
 	if (self.slot->state != UMCG_WAITING && self.slot->state != UMCG_SERVING) {
 		/* nobody waits any more */
+	} else if (self.slot->domain != domain_nr) {
+		/* the slot has come to another domain, whose lock this is not */
 	} else if (self.slot->deadline_ns > now_ns) {
 		early_for = self.slot->deadline_ns; /* a later wait, or our clock lags a little behind the timer's */
 	} else if (self.slot->deadline_ns) {

@@ -29,6 +29,8 @@ struct umcg_wait {
 	u64 now_ns; /* CLOCK_MONOTONIC if next seems to sleep, else 0 */
 	u64 deadline_ns; /* CLOCK_MONOTONIC, 0 for none */
 	u64 captured_ns; /* when next was captured, else 0 */
+	bool server_looked_up;
+	bool switched; /* next is RUNNING */
 	struct umcg_released released;
 };
 
@@ -57,6 +59,8 @@ static __always_inline int start_worker(struct umcg_wait *w, struct umcg_ref *ho
 		return -EINVAL;
 	if (state != UMCG_NEW && state != UMCG_WAITING && state != UMCG_ACTIVE)
 		return -EBUSY;
+	if (worker->slot->serving)
+		return -EBUSY; /* a server whose wait had timed out, and that wants to be a worker now */
 	if (worker->slot->asleep && !w->now_ns)
 		return -EAGAIN;
 	if (!take(worker))
@@ -81,6 +85,7 @@ static __always_inline int start_worker(struct umcg_wait *w, struct umcg_ref *ho
 	host->slot->serving = worker->nr;
 	if (custody_release(&worker->slot->custody))
 		w->released.started = worker->nr;
+	w->switched = true;
 	return 0;
 }
 
@@ -96,6 +101,7 @@ static __always_inline int start_server(struct umcg_wait *w)
 		return -EBUSY;
 	if (state == UMCG_WAITING)
 		become_running(server, &w->released.started);
+	w->switched = true;
 	return 0;
 }
 
@@ -165,6 +171,8 @@ static __always_inline int worker_waits(struct umcg_wait *w)
 	if (w->flags & UMCG_WAIT_ENQUEUE && !server_is_there(w))
 		return -ESRCH;
 	if (!hosted_by(self, &w->host)) { /* its host is gone: another server may take it over */
+		if (!w->server_looked_up)
+			return -EAGAIN; /* it was there when it was looked up */
 		if (!to_host || !server_is_there(w))
 			return -ESRCH;
 		self->slot->host = 0;
@@ -235,8 +243,10 @@ static __always_inline bool wait_look_up(struct umcg_wait *w)
 	w->next_tid = UMCG_LOAD(&task->umcg_next_tid);
 	if (!ref_get_any(&w->host, w->self.slot->host, &w->self))
 		return false;
-	if (server_tid != w->self.slot->tid && (w->flags & UMCG_WAIT_ENQUEUE || !hosted_by(&w->self, &w->host)))
+	if (server_tid != w->self.slot->tid && (w->flags & UMCG_WAIT_ENQUEUE || !hosted_by(&w->self, &w->host))) {
 		server = slot_of_tid(domain, server_tid);
+		w->server_looked_up = true;
+	}
 	if (!ref_get_any(&w->server, server, &w->self) ||
 	    !ref_get_any(&w->next, slot_of_tid(domain, w->next_tid), &w->self) ||
 	    !ref_get_any(&w->next_host, w->next.slot->host, &w->self))
@@ -292,7 +302,7 @@ static __always_inline void umcg_waits(struct task_struct *p, u32 nr)
 		wait_fail(&w.self, ret);
 		return;
 	}
-	wait_account(names_another(&w), w.captured_ns);
+	wait_account(w.switched, w.captured_ns);
 	if (!custody_is_held(&w.self.slot->custody)) { /* it goes on: nobody else has this CPU */
 		queue_released(&w.released);
 		return;

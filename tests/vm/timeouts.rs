@@ -74,6 +74,7 @@ struct Counter {
 }
 
 static CUE: AtomicBool = AtomicBool::new(false);
+static REFUSED: AtomicBool = AtomicBool::new(false);
 
 impl Counter {
     fn spawn(server: &Task) -> Self {
@@ -120,8 +121,16 @@ fn serving() {
     assert_state(other.task, RUNNABLE);
     assert_eq!(api::unregister(server.as_ptr()), -libc::EBUSY);
     // Nor can it become somebody's worker: its own would be in user code beside it.
-    let third = spawn_server(|task| assert_eq!(task.switch_to(0), 0));
+    let third = spawn_server(|task| {
+        wait_until("the server names it, and marks itself", || server.state() == RUNNABLE);
+        assert_eq!(task.switch_to(server.tid()), -libc::EBUSY, "it serves");
+        REFUSED.store(true, SeqCst);
+        assert_eq!(task.switch_to(0), 0);
+    });
     server.server_tid.store(third.task.tid(), SeqCst);
+    server.status.store(RUNNABLE, SeqCst);
+    wait_until("the third is refused", || REFUSED.load(SeqCst));
+    assert_state(server, RUNNABLE);
     assert_eq!(wait(server, 0, Duration::ZERO), -libc::EBUSY, "it serves");
     server.server_tid.store(server.tid(), SeqCst);
     wait_until("the third idles", || third.task.state() == RUNNABLE);
