@@ -26,7 +26,7 @@ static __always_inline bool worker_blocks(struct umcg_ref *self, struct umcg_ref
 	return true;
 }
 
-static __always_inline void task_sleeps(u32 nr)
+static __always_inline void task_sleeps(struct umcg_slot *slot, struct umcg_cpu_ctx *cctx)
 {
 	struct umcg_released released = {};
 	struct umcg_ref self, host;
@@ -34,12 +34,12 @@ static __always_inline void task_sleeps(u32 nr)
 	u64 now_ns = bpf_ktime_get_ns();
 	bool blocked;
 
-	if (!ref_get(&self, nr))
+	if (!ref_of(&self, slot, cctx->current))
 		return;
 	domain = domain_of(self.slot->domain);
 	if (!domain)
 		return;
-	self.slot->at_boundary = false;
+	cctx->at_boundary = false;
 	lock_with_host(domain, &self, &host);
 	blocked = worker_blocks(&self, &host, now_ns, &released.host);
 	if (!blocked && self.slot->state != UMCG_BLOCKED)
@@ -50,7 +50,7 @@ static __always_inline void task_sleeps(u32 nr)
 	custody_unhold(&self.slot->custody);
 	if (blocked)
 		STAT_INC(blocks);
-	run_released_next(&released);
+	run_released_next(cctx, &released);
 }
 
 #endif /* UMCG_BLOCK_BPF_H */

@@ -41,16 +41,16 @@ static __always_inline bool wants_preemption(const struct umcg_slot *slot, u32 n
 	struct umcg_cell *cell;
 	u32 status;
 
-	if (UMCG_LOAD(&slot->state) != UMCG_ACTIVE)
-		return false;
-	host = slot_at(slot->host);
-	if (!host || host->serving != nr)
+	if (!slot->host || UMCG_LOAD(&slot->state) != UMCG_ACTIVE)
 		return false;
 	cell = cell_at(slot->domain, slot->cell);
 	if (!cell)
 		return false;
 	status = UMCG_LOAD(&cell->task.umcg_status);
-	return (status & (UMCG_STATE_MASK | UMCG_TF_PREEMPT)) == (UMCG_STATE_RUNNING | UMCG_TF_PREEMPT);
+	if ((status & (UMCG_STATE_MASK | UMCG_TF_PREEMPT)) != (UMCG_STATE_RUNNING | UMCG_TF_PREEMPT))
+		return false;
+	host = slot_at(slot->host);
+	return host && host->serving == nr;
 }
 
 /* At the boundary to user code: is it to stop there? A server that was let go for a signal is to run its handler. */
@@ -80,7 +80,7 @@ static __always_inline bool capture_locked(struct umcg_ref *self, struct umcg_re
 	return true;
 }
 
-static __always_inline void capture(struct task_struct *p, u32 nr, struct umcg_released *released)
+static __always_inline void capture(struct task_struct *p, struct umcg_slot *slot, u32 nr, struct umcg_released *released)
 {
 	struct umcg_ref self, host, server = {};
 	struct umcg_domain *domain;
@@ -88,9 +88,8 @@ static __always_inline void capture(struct task_struct *p, u32 nr, struct umcg_r
 	u64 now_ns, since_ns;
 	u32 server_tid;
 
-	if (!ref_get(&self, nr))
+	if (!ref_of(&self, slot, nr))
 		return;
-	self.slot->at_boundary = false;
 	domain = domain_of(self.slot->domain);
 	if (!domain || task_is_dying(p))
 		return;
@@ -119,8 +118,8 @@ static __always_inline void capture(struct task_struct *p, u32 nr, struct umcg_r
 SEC("tp_btf/rseq_update")
 int BPF_PROG(umcg_rseq_update, struct task_struct *p)
 {
-	u32 nr = slot_of(p);
-	struct umcg_slot *slot = slot_at(nr);
+	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
+	struct umcg_slot *slot = slot_of_current(cctx, p);
 
 	if (!slot)
 		return 0;
@@ -128,8 +127,9 @@ int BPF_PROG(umcg_rseq_update, struct task_struct *p)
 		slot->in_handler = false;
 		return 0;
 	}
-	if (wants_capture(slot, nr)) {
-		slot->at_boundary = true;
+	/* In another class no callback of ours would see it stop. */
+	if (p->scx.flags & SCX_TASK_QUEUED && wants_capture(slot, cctx->current)) {
+		cctx->at_boundary = true;
 		scx_bpf_kick_cpu(bpf_get_smp_processor_id(), SCX_KICK_PREEMPT);
 	}
 	return 0;
@@ -151,12 +151,12 @@ static __always_inline bool tick_hit_user(void)
 
 static __always_inline void preempt_at_tick(struct task_struct *p)
 {
-	u32 nr = slot_of(p);
-	struct umcg_slot *slot = slot_at(nr);
+	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
+	struct umcg_slot *slot = slot_of_current(cctx, p);
 
-	if (!slot || !wants_preemption(slot, nr) || !tick_hit_user())
+	if (!slot || !wants_preemption(slot, cctx->current) || !tick_hit_user())
 		return;
-	slot->at_boundary = true;
+	cctx->at_boundary = true;
 	scx_bpf_task_set_slice(p, 0);
 }
 
@@ -168,7 +168,7 @@ int BPF_PROG(umcg_signal_deliver, int sig, struct kernel_siginfo *info, struct k
 
 	if (!signal_delivery_updates_rseq() || (u64)ka->sa.sa_handler <= 1) /* SIG_DFL, SIG_IGN */
 		return 0;
-	slot = slot_at(slot_of(bpf_get_current_task_btf()));
+	slot = slot_of_current(this_cpu_ctx(), bpf_get_current_task_btf());
 	if (slot)
 		slot->in_handler = true;
 	return 0;

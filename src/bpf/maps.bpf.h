@@ -3,6 +3,7 @@
  * Where everything lives, and how to get from one to the other.
  *
  *	task_struct --task storage--> slot number --slots[]--> struct umcg_slot (ours alone)
+ *	who runs on a CPU --cpu_ctxs--^
  *	                                                            | domain, cell
  *	                                                            v
  *	               domain_states[] (lock, owner; ours alone)   domains[domain][cell]
@@ -51,8 +52,7 @@ struct umcg_slot {
 	u32 periods;	 /* of the sweep since it was parked or released; a lost update costs a period */
 	bool is_server;	 /* as it named its server when it registered or last waited; under the lock */
 	bool asleep;	 /* went to sleep in a state that does not show it; under the lock */
-	bool at_boundary; /* about to return to user code: written on the task's own CPU only */
-	bool in_handler;  /* the next rseq update belongs to the delivery of a signal; likewise */
+	bool in_handler; /* the next rseq update belongs to the delivery of a signal: written by the task itself only */
 	bool captured;	 /* WAITING by the kernel side's doing: since_ns counts; under the lock */
 };
 
@@ -73,9 +73,12 @@ struct umcg_task_ctx {
 
 /* Hand-over between the callbacks of one schedule() on one CPU, which holds the run queue's lock. */
 struct umcg_cpu_ctx {
+	u32 current;	 /* slot of the task that runs, 0 if it is not registered: see slot_of_current() */
 	u32 next;	 /* slot that ops.dispatch is to run next */
-	bool handed_over; /* the task about to run got this CPU from a registered one */
+	u32 handed_over; /* slot of the task about to run, if it got this CPU from a registered one, else 0 */
+	bool at_boundary; /* the task that runs is about to return to user code, and is to stop there */
 	u64 burst_start_ns; /* scx_bpf_now() when a task last got this CPU otherwise */
+	u64 burst_jiffies;  /* when that was last compared with the clock */
 	u64 exec_start;	 /* ns: sum_exec_runtime of the running task when it was put on this CPU */
 };
 
@@ -116,12 +119,22 @@ struct umcg_tid_key {
 	u32 tid;
 };
 
+#define UMCG_TID_HINTS 4096 /* a power of two */
+
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 16384);
 	__type(key, struct umcg_tid_key);
 	__type(value, u32);
 } tids SEC(".maps");
+
+/* Where a tid was last registered: spares most look-ups in `tids`. Hints; the slot tells whether it is that task's. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, UMCG_TID_HINTS);
+	__type(key, u32);
+	__type(value, u32);
+} tid_hints SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
@@ -176,23 +189,37 @@ static __always_inline struct umcg_slot *slot_at(u32 slot)
 	return slot ? bpf_map_lookup_elem(&slots, &slot) : NULL;
 }
 
+/* Slot @nr if it is @p's, else NULL. */
+static __always_inline struct umcg_slot *slot_if_of(u32 nr, const struct task_struct *p)
+{
+	struct umcg_slot *slot = slot_at(nr);
+
+	return slot && slot->task == p ? slot : NULL;
+}
+
+/*
+ * The slot of a task that runs on this CPU or is just being switched out, NULL for everybody who is not registered.
+ * ops.running notes its number, so that the callbacks of a switch do not each look into the task's storage. A note may be out of
+ * date (the task has gone, or another class has the CPU): whose slot it is decides.
+ */
+static __always_inline struct umcg_slot *slot_of_current(const struct umcg_cpu_ctx *cctx, const struct task_struct *p)
+{
+	return cctx ? slot_if_of(cctx->current, p) : NULL;
+}
+
+/* Registered tasks of all domains; atomics. */
+u32 nr_registered;
+
 /* Slot number of a task, 0 for everybody who is not registered. */
 static __always_inline u32 slot_of(struct task_struct *p)
 {
-	struct umcg_task_ctx *tctx = bpf_task_storage_get(&task_ctxs, p, 0, 0);
+	struct umcg_task_ctx *tctx;
 
+	if (!UMCG_LOAD(&nr_registered))
+		return 0;
+	tctx = bpf_task_storage_get(&task_ctxs, p, 0, 0);
 	return tctx ? tctx->slot : 0;
 }
-
-static __always_inline struct umcg_cell *cell_at(u32 domain, u32 cell)
-{
-	void *map = bpf_map_lookup_elem(&domains, &domain);
-
-	return map ? bpf_map_lookup_elem(map, &cell) : NULL;
-}
-
-/* slots[0]; not a constant, for the reason that slot_of_tid() gives. */
-u32 nobody;
 
 /* How often a look-up is repeated that the lock then shows to be outdated; each takes a race of its own. */
 #define UMCG_LOOK_UPS 2
@@ -204,31 +231,56 @@ struct umcg_ref {
 	u32 nr;
 };
 
-static __always_inline bool ref_get(struct umcg_ref *ref, u32 nr)
+/* The shared side of a domain, for cell_in(); NULL if there is no such domain. */
+static __always_inline void *cells_of(u32 domain)
+{
+	return bpf_map_lookup_elem(&domains, &domain);
+}
+
+static __always_inline struct umcg_cell *cell_in(void *cells, u32 cell)
+{
+	return cells ? bpf_map_lookup_elem(cells, &cell) : NULL;
+}
+
+static __always_inline struct umcg_cell *cell_at(u32 domain, u32 cell)
+{
+	return cell_in(cells_of(domain), cell);
+}
+
+static __always_inline bool ref_of(struct umcg_ref *ref, struct umcg_slot *slot, u32 nr)
 {
 	ref->nr = nr;
-	ref->slot = slot_at(nr);
-	if (!ref->slot)
-		return false;
-	ref->cell = cell_at(ref->slot->domain, ref->slot->cell);
+	ref->slot = slot;
+	ref->cell = cell_at(slot->domain, slot->cell);
 	return ref->cell != NULL;
 }
 
+static __always_inline bool ref_get(struct umcg_ref *ref, u32 nr)
+{
+	struct umcg_slot *slot = slot_at(nr);
+
+	ref->slot = NULL;
+	return slot && ref_of(ref, slot, nr);
+}
+
 /*
- * A slot that may be nobody's, or of a domain that is closed by now: then it reads like a free one, and its cell, which
- * nobody looks at, is @self's. There is always something to point at, so what follows need not be verified once with
- * and once without each task that may be missing. False only in the verifier's mind, or while @self's domain closes.
+ * A task of the domain that has these @cells, or nobody: slots[0] reads like a free slot, and names cell 0, which nobody then
+ * looks at. There is always something to point at, so what follows need not be verified once with and once without a task that
+ * may be missing. False only in the verifier's mind.
  */
-static __always_inline bool ref_get_any(struct umcg_ref *ref, u32 nr, const struct umcg_ref *self)
+static __always_inline bool ref_get_any(struct umcg_ref *ref, u32 nr, void *cells)
 {
 	ref->nr = nr;
-	if (nr && ref_get(ref, nr))
-		return true;
-	nr = nobody;
 	ref->slot = bpf_map_lookup_elem(&slots, &nr);
-	/* Looked up anew: two copies of one pointer are not what the verifier takes for the same as two pointers. */
-	ref->cell = cell_at(self->slot->domain, self->slot->cell);
-	return ref->slot && ref->cell;
+	ref->cell = ref->slot ? cell_in(cells, ref->slot->cell) : NULL;
+	return ref->cell != NULL;
+}
+
+static __always_inline u32 *tid_hint(u32 domain, u32 tid)
+{
+	u32 index = (tid ^ domain * 41) % UMCG_TID_HINTS; /* tids of a process follow each other, those of others are near */
+
+	return bpf_map_lookup_elem(&tid_hints, &index);
 }
 
 /*
@@ -238,8 +290,15 @@ static __always_inline bool ref_get_any(struct umcg_ref *ref, u32 nr, const stru
 __noinline u32 slot_of_tid(u32 domain, u32 tid)
 {
 	struct umcg_tid_key key = { .domain = domain, .tid = tid };
-	u32 *nr = bpf_map_lookup_elem(&tids, &key);
+	u32 *nr = tid_hint(domain, tid);
+	struct umcg_slot *slot;
 
+	if (!tid || !nr)
+		return 0;
+	slot = slot_at(*nr);
+	if (slot && slot->tid == tid && slot->domain == domain && slot->state != UMCG_FREE)
+		return *nr;
+	nr = bpf_map_lookup_elem(&tids, &key);
 	return nr ? *nr : 0;
 }
 
@@ -262,8 +321,6 @@ static __always_inline bool ref_is_server(const struct umcg_ref *ref)
 	return UMCG_LOAD(&ref->cell->task.umcg_server_tid) == ref->slot->tid;
 }
 
-/* Registered tasks of all domains; atomics. */
-u32 nr_registered;
 /* No slot at or above was ever given to a domain. Written by the loader's program. */
 u32 slot_limit;
 

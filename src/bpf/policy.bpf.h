@@ -70,23 +70,25 @@ static __always_inline s32 policy_select_cpu(struct task_struct *p, s32 prev_cpu
 
 /*
  * Whether the registered tasks that hand this CPU to each other have to queue like others. If the last one spins,
- * it has one more slice, its own.
+ * it has one more slice, its own. To read the clock is dear, so that is done once a jiffy, and the burst may last so much longer.
  */
-static __always_inline bool burst_is_over(const struct umcg_cpu_ctx *cctx)
+static __always_inline bool burst_is_over(struct umcg_cpu_ctx *cctx)
 {
-	return scx_bpf_now() - cctx->burst_start_ns >= slice_ns && scx_bpf_dsq_nr_queued(SHARED_DSQ);
+	u64 now_ns, jiffies = bpf_jiffies64();
+
+	if (jiffies == cctx->burst_jiffies)
+		return false;
+	cctx->burst_jiffies = jiffies;
+	now_ns = scx_bpf_now();
+	return now_ns - cctx->burst_start_ns >= slice_ns && scx_bpf_dsq_nr_queued(SHARED_DSQ);
 }
 
-static __always_inline void policy_running(struct task_struct *p)
+static __always_inline void policy_running(struct task_struct *p, struct umcg_cpu_ctx *cctx)
 {
-	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
-
-	if (cctx) {
-		cctx->exec_start = p->se.sum_exec_runtime;
-		if (!cctx->handed_over)
-			cctx->burst_start_ns = scx_bpf_now();
-		cctx->handed_over = false;
-	}
+	cctx->exec_start = p->se.sum_exec_runtime;
+	if (!cctx->handed_over)
+		cctx->burst_start_ns = scx_bpf_now();
+	cctx->handed_over = 0;
 	if (vtime_before(vtime_now, p->scx.dsq_vtime))
 		vtime_now = p->scx.dsq_vtime;
 }

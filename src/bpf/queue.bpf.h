@@ -26,14 +26,13 @@ struct {
 s32 nr_ready;
 
 /*
- * Tasks that one step released, to be passed on once the lock is dropped: slots, 0 for nobody. Each has its place, which is
- * only written under the lock and only looked at in a global function: see slot_of_tid().
+ * Tasks that one step released, to be passed on once the lock is dropped: slots, 0 for nobody. Each has its place, so that none is
+ * looked at under the lock: it would split in two what the verifier has to walk.
  */
 struct umcg_released {
-	u32 started;	 /* the worker or server that was named */
-	u32 host;	 /* of a worker that stopped */
-	u32 former_host; /* of a worker that another server starts */
-	u32 told;	 /* a server with an event */
+	u32 started; /* the worker or server that was named */
+	u32 host;    /* of a worker that stopped */
+	u32 told;    /* a server with an event */
 };
 
 /* Asks the CPUs to look at a slot, if it is somebody's. In RCU, any context. */
@@ -52,12 +51,13 @@ static __always_inline void queue_slot(u32 nr)
 		wake_cpu_for(p);
 }
 
-__noinline int queue_slots(u32 started, u32 host, u32 former_host, u32 told)
+__noinline int queue_slots(u32 started, u32 host, u32 told)
 {
+	if (!(started | host | told))
+		return 0;
 	bpf_rcu_read_lock();
 	queue_slot(started);
 	queue_slot(host);
-	queue_slot(former_host);
 	queue_slot(told);
 	bpf_rcu_read_unlock();
 	return 0;
@@ -65,50 +65,31 @@ __noinline int queue_slots(u32 started, u32 host, u32 former_host, u32 told)
 
 static __always_inline void queue_released(const struct umcg_released *released)
 {
-	queue_slots(released->started, released->host, released->former_host, released->told);
-}
-
-/* True if @nr is somebody, and this CPU has nobody yet to run next. */
-static __always_inline bool note_next(struct umcg_cpu_ctx *cctx, u32 nr)
-{
-	if (!nr || cctx->next)
-		return false;
-	cctx->next = nr;
-	return true;
-}
-
-__noinline int run_next_of(u32 started, u32 host, u32 former_host, u32 told)
-{
-	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
-
-	if (!cctx)
-		return 0;
-	if (note_next(cctx, started))
-		started = 0;
-	else if (note_next(cctx, host))
-		host = 0;
-	else if (note_next(cctx, former_host))
-		former_host = 0;
-	else if (note_next(cctx, told))
-		told = 0;
-	return queue_slots(started, host, former_host, told);
+	queue_slots(released->started, released->host, released->told);
 }
 
 /* For callbacks that precede ops.dispatch in the same schedule(): the first one runs here and next. */
-static __always_inline void run_released_next(const struct umcg_released *released)
+static __always_inline void run_released_next(struct umcg_cpu_ctx *cctx, const struct umcg_released *released)
 {
-	run_next_of(released->started, released->host, released->former_host, released->told);
+	u32 started = released->started, host = released->host, told = released->told;
+
+	if (!cctx->next) {
+		cctx->next = started ?: host ?: told;
+		told = started || host ? told : 0;
+		host = started ? host : 0;
+		started = 0;
+	}
+	if (started | host | told)
+		queue_slots(started, host, told);
 }
 
 /* The local queue had a task, or another class, so the core did not ask ops.dispatch: let the other CPUs have it. */
-static __always_inline void queue_unasked_next(void)
+static __always_inline void queue_unasked_next(struct umcg_cpu_ctx *cctx)
 {
-	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
-	u32 nr;
+	u32 nr = cctx->next;
 
-	if (!cctx || !cctx->next)
+	if (!nr)
 		return;
-	nr = cctx->next;
 	cctx->next = 0;
 	queue_slot(nr);
 }

@@ -100,6 +100,7 @@ static __always_inline int publish(struct umcg_task_ctx *tctx, struct umcg_slot 
 {
 	struct umcg_tid_key key = { .domain = slot->domain, .tid = slot->tid };
 	struct task_struct *ref = bpf_task_acquire(p);
+	u32 *hint;
 
 	if (!ref)
 		return -ESRCH;
@@ -107,13 +108,26 @@ static __always_inline int publish(struct umcg_task_ctx *tctx, struct umcg_slot 
 	if (ref)
 		bpf_task_release(ref);
 	tctx->slot = nr;
-	if (!bpf_map_update_elem(&tids, &key, &nr, BPF_ANY))
+	if (!bpf_map_update_elem(&tids, &key, &nr, BPF_ANY)) {
+		hint = tid_hint(key.domain, key.tid);
+		if (hint)
+			UMCG_STORE(hint, nr);
 		return 0;
+	}
 	tctx->slot = 0;
 	ref = bpf_kptr_xchg(&slot->task, NULL);
 	if (ref)
 		bpf_task_release(ref);
 	return -ENOMEM;
+}
+
+/* It runs, and ops.running came before. The control program does not leave its CPU. */
+static __always_inline void note_current(u32 nr)
+{
+	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
+
+	if (cctx)
+		cctx->current = nr;
 }
 
 static int ctl_register(struct umcg_ctl_args *args, struct task_struct *p)
@@ -156,17 +170,18 @@ static int ctl_register(struct umcg_ctl_args *args, struct task_struct *p)
 	self.slot->domain = args->domain;
 	self.slot->cell = args->slot;
 	self.slot->addr = args->addr;
-	self.slot->at_boundary = false;
 	self.slot->in_handler = false;
 	self.slot->seen_signals = 0;
 	self.slot->tid = tid;
 	self.cell->task.umcg_tid = tid;
+	__sync_fetch_and_add(&nr_registered, 1); /* before slot_of() is to find it */
 	ret = publish(tctx, self.slot, p, nr);
 	if (ret) {
+		__sync_fetch_and_add(&nr_registered, -1);
 		unclaim_slot(domain, self.slot);
 		return ret;
 	}
-	__sync_fetch_and_add(&nr_registered, 1);
+	note_current(nr);
 	need_sweep();
 	STAT_INC(registrations);
 	if (!is_server)

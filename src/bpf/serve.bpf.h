@@ -64,16 +64,21 @@ static __always_inline void tell_server(struct umcg_ref *server, u32 *released)
 		status_unmark(&server->cell->task.umcg_status);
 }
 
-/* A worker stopped: its host is free, and becomes RUNNING unless it is (its wait had timed out). */
+/* A server that serves has nobody to serve any more: it becomes RUNNING unless it is (its wait had timed out). */
+static __always_inline void free_host(struct umcg_ref *host, u32 *released)
+{
+	host->slot->serving = 0;
+	if (host->slot->state == UMCG_SERVING || host->slot->state == UMCG_WAITING)
+		become_running(host, released);
+	else if (host->slot->state == UMCG_ACTIVE)
+		status_unmark(&host->cell->task.umcg_status);
+}
+
+/* A worker stopped. */
 static __always_inline void end_serving(struct umcg_ref *worker, struct umcg_ref *host, u32 *released)
 {
-	if (hosted_by(worker, host)) {
-		host->slot->serving = 0;
-		if (host->slot->state == UMCG_SERVING || host->slot->state == UMCG_WAITING)
-			become_running(host, released);
-		else if (host->slot->state == UMCG_ACTIVE)
-			status_unmark(&host->cell->task.umcg_status);
-	}
+	if (hosted_by(worker, host))
+		free_host(host, released);
 	worker->slot->host = 0;
 }
 

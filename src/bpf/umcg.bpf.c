@@ -54,18 +54,24 @@ static __always_inline bool is_wait(const struct umcg_ref *self)
 
 bool BPF_STRUCT_OPS(umcg_yield, struct task_struct *from, struct task_struct *to)
 {
-	u32 nr;
-	struct umcg_ref self;
+	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
+	struct umcg_slot *slot = slot_of_current(cctx, from);
+	struct umcg_ref self = { .slot = slot };
+	void *cells;
 
 	if (to)
 		return false; /* yield_to() is KVM's; there is no hand-over to arbitrary tasks */
-	nr = slot_of(from);
-	if (!nr || !ref_get(&self, nr))
+	if (slot) {
+		self.nr = cctx->current;
+		cells = cells_of(slot->domain);
+		self.cell = cell_in(cells, slot->cell);
+	}
+	if (!self.cell)
 		scx_bpf_task_set_slice(from, 0);
 	else if (is_wait(&self))
-		umcg_waits(from, nr);
+		umcg_waits(from, &self, cells, cctx);
 	else
-		task_yields(from, &self);
+		task_yields(from, &self, cctx);
 	return false;
 }
 
@@ -75,18 +81,8 @@ s32 BPF_STRUCT_OPS(umcg_select_cpu, struct task_struct *p, s32 prev_cpu, u64 wak
 }
 
 /* True if @p is held: then it is in no queue until it is released. */
-static __always_inline bool hold_registered(struct task_struct *p, u32 nr)
+static __always_inline bool hold_registered(struct task_struct *p, struct umcg_slot *slot)
 {
-	struct umcg_released released = {};
-	struct umcg_slot *slot = slot_at(nr);
-
-	if (!slot)
-		return false;
-	if (slot->at_boundary) { /* ops.dispatch was not asked: the local queue had a task */
-		capture(p, nr, &released);
-		queue_released(&released);
-	}
-	queue_unasked_next();
 	slot->periods = 0;
 	if (!custody_park(&slot->custody))
 		return false;
@@ -97,33 +93,52 @@ static __always_inline bool hold_registered(struct task_struct *p, u32 nr)
 	return true;
 }
 
+static __always_inline void capture_unasked(struct task_struct *p, struct umcg_slot *slot, struct umcg_cpu_ctx *cctx)
+{
+	struct umcg_released released = {};
+
+	cctx->at_boundary = false;
+	capture(p, slot, cctx->current, &released);
+	queue_released(&released);
+}
+
 void BPF_STRUCT_OPS(umcg_enqueue, struct task_struct *p, u64 enq_flags)
 {
-	u32 nr = slot_of(p);
+	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
+	struct umcg_slot *slot = slot_of_current(cctx, p);
 
-	if (nr && hold_registered(p, nr))
+	if (!cctx)
+		return;
+	if (slot && cctx->at_boundary) /* ops.dispatch was not asked: the local queue had a task */
+		capture_unasked(p, slot, cctx);
+	queue_unasked_next(cctx);
+	if (!slot) /* it wakes, or is handed back */
+		slot = slot_at(slot_of(p));
+	if (slot && hold_registered(p, slot))
 		return;
 	policy_enqueue(p, enq_flags);
 }
 
-/* The core ejects a scheduler that puts a task on the local queue of a CPU where it may not be. */
+/*
+ * The core ejects a scheduler that puts a task on the local queue of a CPU where it may not be. A task that its CPU is still
+ * switching out cannot migrate whenever a BPF program runs there meanwhile (ops.running of whoever comes next), for the
+ * kernel counts that to whom it still takes for current.
+ */
 static __always_inline bool may_move_to(const struct task_struct *p, s32 cpu)
 {
 	if (scx_bpf_task_cpu(p) == cpu)
 		return true;
-	return bpf_cpumask_test_cpu(cpu, p->cpus_ptr) && !p->migration_disabled;
+	return !task_is_on_cpu(p) && !p->migration_disabled && bpf_cpumask_test_cpu(cpu, p->cpus_ptr);
 }
 
 /* Runs what ops.yield, ops.quiescent or the capture just noted for this CPU. */
-static __always_inline bool run_next(s32 cpu)
+static __always_inline bool run_next(s32 cpu, struct umcg_cpu_ctx *cctx)
 {
-	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
 	struct task_struct *p;
-	u32 nr;
+	u32 nr = cctx->next;
 
-	if (!cctx || !cctx->next)
+	if (!nr)
 		return false;
-	nr = cctx->next;
 	cctx->next = 0;
 	p = fetch_slot(nr);
 	if (!p)
@@ -139,53 +154,50 @@ static __always_inline bool run_next(s32 cpu)
 		wake_cpu_for(p);
 		return false;
 	}
-	cctx->handed_over = true;
+	cctx->handed_over = nr;
 	return true;
 }
 
-static __always_inline void capture_prev(struct task_struct *prev)
+static __always_inline void capture_prev(struct task_struct *prev, struct umcg_cpu_ctx *cctx)
 {
 	struct umcg_released released = {};
-	u32 nr = slot_of(prev);
-	struct umcg_slot *slot = slot_at(nr);
+	struct umcg_slot *slot = slot_of_current(cctx, prev);
 
-	if (!slot || !slot->at_boundary)
-		return;
-	capture(prev, nr, &released);
-	run_released_next(&released);
+	cctx->at_boundary = false;
+	if (slot)
+		capture(prev, slot, cctx->current, &released);
+	run_released_next(cctx, &released);
 }
 
-static __always_inline bool is_held(struct task_struct *p)
+static __always_inline bool is_held(const struct umcg_slot *slot)
 {
-	struct umcg_slot *slot = slot_at(slot_of(p));
-
 	return slot && custody_is_held(&slot->custody);
 }
 
 void BPF_STRUCT_OPS(umcg_dispatch, s32 cpu, struct task_struct *prev)
 {
+	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
+
 	report_bugs();
-	if (prev)
-		capture_prev(prev);
-	if (run_next(cpu))
+	if (!cctx)
+		return;
+	if (prev && cctx->at_boundary)
+		capture_prev(prev, cctx);
+	if (run_next(cpu, cctx))
 		return;
 	drain_ready();
 	if (scx_bpf_dsq_move_to_local(SHARED_DSQ, 0))
 		return;
 	/* Nobody else wants this CPU. */
-	if (prev && prev->scx.flags & SCX_TASK_QUEUED && !is_held(prev))
+	if (prev && prev->scx.flags & SCX_TASK_QUEUED && !is_held(slot_of_current(cctx, prev)))
 		scx_bpf_task_set_slice(prev, slice_ns);
 }
 
 /* A held task runs: it is shown to the watchdog, or the core ran it by itself. It must not reach user code. */
-static __always_inline void guard_held(struct task_struct *p)
+static __always_inline void guard_held(struct task_struct *p, struct umcg_slot *slot)
 {
 	struct umcg_domain *domain;
-	struct umcg_slot *slot = slot_at(slot_of(p));
 
-	if (!slot)
-		return;
-	slot->at_boundary = false;
 	if (custody_is_held(&slot->custody)) {
 		if (!task_is_dying(p))
 			scx_bpf_kick_cpu(bpf_get_smp_processor_id(), SCX_KICK_PREEMPT);
@@ -208,9 +220,24 @@ void BPF_STRUCT_OPS(umcg_tick, struct task_struct *p)
 
 void BPF_STRUCT_OPS(umcg_running, struct task_struct *p)
 {
-	queue_unasked_next();
-	policy_running(p);
-	guard_held(p);
+	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
+	struct umcg_slot *slot;
+	u32 nr;
+
+	if (!cctx)
+		return;
+	queue_unasked_next(cctx);
+	nr = cctx->handed_over;
+	slot = slot_if_of(nr, p);
+	if (!slot) {
+		nr = slot_of(p);
+		slot = slot_at(nr);
+	}
+	cctx->current = nr;
+	cctx->at_boundary = false;
+	policy_running(p, cctx);
+	if (slot)
+		guard_held(p, slot);
 }
 
 void BPF_STRUCT_OPS(umcg_stopping, struct task_struct *p, bool runnable)
@@ -220,13 +247,14 @@ void BPF_STRUCT_OPS(umcg_stopping, struct task_struct *p, bool runnable)
 
 void BPF_STRUCT_OPS(umcg_quiescent, struct task_struct *p, u64 deq_flags)
 {
-	u32 nr;
+	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
+	struct umcg_slot *slot;
 
 	if (!(deq_flags & SCX_DEQ_SLEEP))
 		return; /* a property changes: it is enqueued again in a moment */
-	nr = slot_of(p);
-	if (nr)
-		task_sleeps(nr);
+	slot = slot_of_current(cctx, p);
+	if (slot)
+		task_sleeps(slot, cctx);
 }
 
 void BPF_STRUCT_OPS(umcg_enable, struct task_struct *p)
@@ -238,7 +266,6 @@ void BPF_STRUCT_OPS(umcg_enable, struct task_struct *p)
 		return;
 	/* It comes from another class, where nobody held it; it is held again where that may be. */
 	custody_unhold(&slot->custody);
-	slot->at_boundary = false;
 }
 
 s32 BPF_STRUCT_OPS_SLEEPABLE(umcg_init)

@@ -16,21 +16,25 @@
 /* start_worker(): the worker was asleep, so it became BLOCKED at once and its host goes on. */
 #define UMCG_STARTED_ASLEEP 1
 
-/* Who takes part in a wait; each may be nobody: see ref_get_any(). */
+/*
+ * A wait, in one step under the lock: what takes part in that was looked up before. What is rare is put off until the lock
+ * is dropped, and has a step of its own.
+ */
 struct umcg_wait {
 	struct umcg_ref self;
-	struct umcg_ref host;	   /* of self, if that is a hosted worker */
-	struct umcg_ref server;	   /* that self names, if it needs one: UMCG_WAIT_ENQUEUE, or no host */
-	struct umcg_ref next;
-	struct umcg_ref next_host; /* of next: it marked itself RUNNABLE and has not waited yet */
+	struct umcg_ref host; /* of self, if that waits as a worker; may be nobody, see ref_get_any() */
+	struct umcg_ref next; /* slot NULL: there is none */
 	u32 next_tid;
 	u32 server_tid;
 	u32 flags;
-	u64 now_ns; /* CLOCK_MONOTONIC if next seems to sleep, else 0 */
+	u64 now_ns;	 /* CLOCK_MONOTONIC if next seems to sleep, else 0 */
 	u64 deadline_ns; /* CLOCK_MONOTONIC, 0 for none */
 	u64 captured_ns; /* when next was captured, else 0 */
-	bool server_looked_up;
-	bool switched; /* next is RUNNING */
+	bool as_server;	 /* self names itself */
+	bool server_is_there; /* that self names; only looked up where it is not the host */
+	bool switched;	 /* next is RUNNING */
+	bool joins;	 /* to be done: queue self at the server that it names, see join_server() */
+	u32 taken_from;	 /* to be done: this host lost its worker, see leave_host() */
 	struct umcg_released released;
 };
 
@@ -48,7 +52,7 @@ static __always_inline bool take(struct umcg_ref *task)
 
 /*
  * Makes w->next RUNNING, served by @host. A worker that only marked itself RUNNABLE and still runs is taken
- * all the same, as in the seed: its own umcg_wait() will return at once. Its former host is free then.
+ * all the same, as in the seed: its own umcg_wait() will return at once. The host that it had is free then.
  */
 static __always_inline int start_worker(struct umcg_wait *w, struct umcg_ref *host)
 {
@@ -66,7 +70,8 @@ static __always_inline int start_worker(struct umcg_wait *w, struct umcg_ref *ho
 	if (!take(worker))
 		return -EBUSY;
 
-	end_serving(worker, &w->next_host, &w->released.former_host);
+	w->taken_from = worker->slot->host;
+	worker->slot->host = 0;
 	if (worker->slot->asleep) {
 		worker->slot->asleep = false;
 		set_state(worker->slot, UMCG_BLOCKED);
@@ -108,7 +113,7 @@ static __always_inline int start_server(struct umcg_wait *w)
 /* A server that names itself idles, as one that names nobody. */
 static __always_inline bool names_another(const struct umcg_wait *w)
 {
-	return w->next_tid && w->next.nr != w->self.nr;
+	return w->next.slot && w->next.nr != w->self.nr;
 }
 
 static __always_inline int server_waits(struct umcg_wait *w)
@@ -126,7 +131,6 @@ static __always_inline int server_waits(struct umcg_wait *w)
 		return 0;
 	}
 	if (!names_another(w)) {
-		end_serving(self, &w->host, &w->released.host); /* it was a worker until now */
 		stop(self, UMCG_WAITING);
 		return 0;
 	}
@@ -136,7 +140,6 @@ static __always_inline int server_waits(struct umcg_wait *w)
 		ret = start_worker(w, self);
 	if (ret < 0)
 		return ret;
-	end_serving(self, &w->host, &w->released.host);
 	self->cell->task.umcg_next_tid = 0;
 	if (ret == UMCG_STARTED_ASLEEP)
 		status_move(&self->cell->task.umcg_status, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING);
@@ -145,45 +148,39 @@ static __always_inline int server_waits(struct umcg_wait *w)
 	return 0;
 }
 
-static __always_inline void enqueue_self(struct umcg_wait *w, struct umcg_ref *server)
+/* Its host is gone: another server may take it over. */
+static __always_inline int orphan_waits(struct umcg_wait *w, bool to_host)
 {
-	push_runnable(server, &w->self);
-	tell_server(server, &w->released.told);
-}
-
-/* The server that self names, which is looked up only where one is needed. */
-static __always_inline bool server_is_there(const struct umcg_wait *w)
-{
-	return ref_is(&w->server, w->self.slot->domain, w->server_tid) && ref_is_server(&w->server);
+	if (!to_host || !w->server_is_there)
+		return -ESRCH;
+	w->self.slot->host = 0;
+	stop(&w->self, UMCG_WAITING);
+	w->joins = true;
+	return 0;
 }
 
 static __always_inline int worker_waits(struct umcg_wait *w)
 {
-	struct umcg_ref *self = &w->self;
-	bool to_host = !w->next_tid || w->next.nr == w->host.nr;
-	bool host_waits;
-	int ret = 0;
+	struct umcg_ref *self = &w->self, *host = &w->host;
+	bool to_host = !w->next.slot || w->next.nr == host->nr;
+	bool names_host, host_waits;
+	int ret;
 
 	self->slot->is_server = false;
 	self->slot->deadline_ns = 0;
 	if (self->slot->serving)
 		return -EBUSY; /* a server whose wait had timed out, and that wants to be a worker now */
-	if (w->flags & UMCG_WAIT_ENQUEUE && !server_is_there(w))
+	if (self->slot->host != host->nr)
+		return -EAGAIN; /* another server took it over meanwhile */
+	if (!hosted_by(self, host))
+		return orphan_waits(w, to_host);
+	names_host = w->server_tid == host->slot->tid;
+	if (w->flags & UMCG_WAIT_ENQUEUE && !names_host && !w->server_is_there)
 		return -ESRCH;
-	if (!hosted_by(self, &w->host)) { /* its host is gone: another server may take it over */
-		if (!w->server_looked_up)
-			return -EAGAIN; /* it was there when it was looked up */
-		if (!to_host || !server_is_there(w))
-			return -ESRCH;
-		self->slot->host = 0;
-		stop(self, UMCG_WAITING);
-		enqueue_self(w, &w->server);
-		return 0;
-	}
 	if (!to_host) {
 		if (ref_is_server(&w->next) || w->next.nr == self->nr)
 			return -EINVAL;
-		ret = start_worker(w, &w->host);
+		ret = start_worker(w, host);
 		if (ret < 0)
 			return ret;
 	}
@@ -191,12 +188,14 @@ static __always_inline int worker_waits(struct umcg_wait *w)
 
 	/* From here on self has stopped; if it started another worker, its host serves that one and goes on waiting. */
 	stop(self, UMCG_WAITING);
-	host_waits = w->host.slot->state == UMCG_SERVING;
-	end_serving(self, &w->host, &w->released.host);
-	if (w->flags & UMCG_WAIT_ENQUEUE)
-		enqueue_self(w, &w->server);
-	else if (to_host && !host_waits)
-		enqueue_self(w, &w->host);
+	host_waits = host->slot->state == UMCG_SERVING;
+	end_serving(self, host, &w->released.host);
+	if (w->flags & UMCG_WAIT_ENQUEUE && !names_host) {
+		w->joins = true;
+	} else if (w->flags & UMCG_WAIT_ENQUEUE || (to_host && !host_waits)) {
+		push_runnable(host, self);
+		tell_server(host, &w->released.told);
+	}
 	return 0;
 }
 
@@ -219,40 +218,83 @@ static __always_inline int wait_locked(struct umcg_wait *w)
 	}
 	if (self->state != UMCG_ACTIVE)
 		return -EAGAIN; /* BLOCKED and not captured: the scheduler is going away, or the program writes what it likes */
-	if (self->host != w->host.nr)
-		return -EAGAIN; /* another server took it over meanwhile */
-	if (w->next_tid && !ref_is(&w->next, self->domain, w->next_tid))
+	if (w->next_tid && (!w->next.slot || !ref_is(&w->next, self->domain, w->next_tid)))
 		return -ESRCH;
-	if (w->next_tid && w->next.slot->host != w->next_host.nr)
-		return -EAGAIN;
-	if (ref_is_server(&w->self))
-		return server_waits(w);
-	return worker_waits(w);
+	return w->as_server ? server_waits(w) : worker_waits(w);
 }
 
-/* False only in the verifier's mind: see ref_get_any(). */
-static __always_inline bool wait_look_up(struct umcg_wait *w)
+/* Whether a domain has a server of that tid; 0 or 1. Global for the reason that slot_of_tid() gives. */
+__noinline u32 is_server_tid(u32 domain, u32 tid)
+{
+	struct umcg_ref server = {};
+
+	return ref_find(&server, domain, tid) && ref_is(&server, domain, tid) && ref_is_server(&server);
+}
+
+/*
+ * The host of a worker loses it without its having stopped: another server has taken it over, or it is a worker no more. @worker
+ * is its slot.
+ */
+__noinline int leave_host(u32 domain_nr, u32 worker_nr, u32 host_nr)
+{
+	struct umcg_domain *domain = domain_of(domain_nr);
+	struct umcg_slot *worker = slot_at(worker_nr);
+	struct umcg_ref host = {};
+	u32 released = 0;
+
+	if (!domain || !worker || !ref_get(&host, host_nr))
+		return 0;
+	bpf_spin_lock(&domain->lock);
+	/* It may have been run there again by now. */
+	if (host.slot->domain == domain_nr && host.slot->serving == worker_nr && worker->host != host_nr)
+		free_host(&host, &released);
+	bpf_spin_unlock(&domain->lock);
+	return queue_slots(0, released, 0);
+}
+
+/* A worker that waits comes on the list of a server that is not its host. */
+__noinline int join_server(u32 domain_nr, u32 worker_nr, u32 server_tid)
+{
+	struct umcg_domain *domain = domain_of(domain_nr);
+	struct umcg_ref worker = {}, server = {};
+	u32 released = 0;
+
+	if (!domain || !ref_get(&worker, worker_nr) || !ref_find(&server, domain_nr, server_tid))
+		return 0;
+	bpf_spin_lock(&domain->lock);
+	if (worker.slot->state == UMCG_WAITING && ref_is(&server, domain_nr, server_tid)) {
+		push_runnable(&server, &worker);
+		tell_server(&server, &released);
+	}
+	bpf_spin_unlock(&domain->lock);
+	return queue_slots(0, 0, released);
+}
+
+/* False only in the verifier's mind. */
+static __always_inline bool wait_look_up(struct umcg_wait *w, void *cells)
 {
 	struct umcg_task *task = &w->self.cell->task;
-	u32 domain = w->self.slot->domain, server_tid = UMCG_LOAD(&task->umcg_server_tid);
-	u32 server = nobody;
+	struct umcg_slot *self = w->self.slot;
+	u32 domain = self->domain;
 
 	w->flags = UMCG_LOAD(&w->self.cell->call.flags);
-	w->deadline_ns = deadline_after(UMCG_LOAD(&w->self.cell->call.timeout_ns));
-	w->server_tid = server_tid;
+	w->server_tid = UMCG_LOAD(&task->umcg_server_tid);
 	w->next_tid = UMCG_LOAD(&task->umcg_next_tid);
-	if (!ref_get_any(&w->host, w->self.slot->host, &w->self))
-		return false;
-	if (server_tid != w->self.slot->tid && (w->flags & UMCG_WAIT_ENQUEUE || !hosted_by(&w->self, &w->host))) {
-		server = slot_of_tid(domain, server_tid);
-		w->server_looked_up = true;
+	w->as_server = w->server_tid == self->tid;
+	if (w->next_tid) {
+		if (!ref_get_any(&w->next, slot_of_tid(domain, w->next_tid), cells))
+			return false;
+		if (w->next.slot->asleep)
+			w->now_ns = bpf_ktime_get_ns();
 	}
-	if (!ref_get_any(&w->server, server, &w->self) ||
-	    !ref_get_any(&w->next, slot_of_tid(domain, w->next_tid), &w->self) ||
-	    !ref_get_any(&w->next_host, w->next.slot->host, &w->self))
+	if (w->as_server) {
+		w->deadline_ns = deadline_after(UMCG_LOAD(&w->self.cell->call.timeout_ns));
+		return true;
+	}
+	if (!ref_get_any(&w->host, self->host, cells))
 		return false;
-	if (w->next.slot->asleep)
-		w->now_ns = bpf_ktime_get_ns();
+	if (!hosted_by(&w->self, &w->host) || w->server_tid != w->host.slot->tid)
+		w->server_is_there = is_server_tid(domain, w->server_tid);
 	return true;
 }
 
@@ -263,35 +305,51 @@ static __always_inline void wait_fail(struct umcg_ref *self, int error)
 	status_move(&self->cell->task.umcg_status, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING);
 }
 
-/* Statistics of a wait; @captured_ns: when whom it started was captured, or 0. */
-__noinline int wait_account(bool is_switch, u64 captured_ns)
+static __always_inline void wait_account(const struct umcg_wait *w)
 {
 	struct umcg_stats *st = this_stats();
 
 	if (!st)
-		return 0;
+		return;
 	st->waits++;
-	if (is_switch)
-		st->switches++;
-	if (captured_ns)
-		st->runnable_ns += bpf_ktime_get_ns() - captured_ns;
-	return 0;
+	st->switches += w->switched;
+	if (w->captured_ns)
+		st->runnable_ns += bpf_ktime_get_ns() - w->captured_ns;
 }
 
-/* ops.yield of a registered task inside umcg_wait(): @nr is its slot, its run queue is locked. */
-static __always_inline void umcg_waits(struct task_struct *p, u32 nr)
+/* What was put off until the lock is dropped. */
+static __always_inline void wait_afterwards(const struct umcg_wait *w)
 {
-	struct umcg_wait w = {};
-	struct umcg_domain *domain;
+	if (w->taken_from)
+		leave_host(w->self.slot->domain, w->next.nr, w->taken_from);
+	if (w->joins)
+		join_server(w->self.slot->domain, w->self.nr, w->server_tid);
+}
+
+/* A server from now on: whoever hosts it as a worker loses it. */
+static __always_inline void worker_no_more(struct umcg_domain *domain, struct umcg_ref *self)
+{
+	u32 host;
+
+	bpf_spin_lock(&domain->lock);
+	host = self->slot->host;
+	self->slot->host = 0;
+	bpf_spin_unlock(&domain->lock);
+	leave_host(self->slot->domain, self->nr, host);
+}
+
+/* ops.yield of a registered task inside umcg_wait(); its run queue is locked. */
+static __always_inline void umcg_waits(struct task_struct *p, const struct umcg_ref *self, void *cells,
+				       struct umcg_cpu_ctx *cctx)
+{
+	struct umcg_domain *domain = domain_of(self->slot->domain);
+	struct umcg_wait w = { .self = *self };
 	int ret;
 
-	if (!ref_get(&w.self, nr))
+	if (!domain || !wait_look_up(&w, cells))
 		return;
-	domain = domain_of(w.self.slot->domain);
-	if (!domain)
-		return;
-	if (!wait_look_up(&w))
-		return;
+	if (w.as_server && w.self.slot->host)
+		worker_no_more(domain, &w.self);
 	bpf_spin_lock(&domain->lock);
 	ret = wait_locked(&w);
 	bpf_spin_unlock(&domain->lock);
@@ -302,7 +360,8 @@ static __always_inline void umcg_waits(struct task_struct *p, u32 nr)
 		wait_fail(&w.self, ret);
 		return;
 	}
-	wait_account(w.switched, w.captured_ns);
+	wait_account(&w);
+	wait_afterwards(&w);
 	if (!custody_is_held(&w.self.slot->custody)) { /* it goes on: nobody else has this CPU */
 		queue_released(&w.released);
 		return;
@@ -310,11 +369,11 @@ static __always_inline void umcg_waits(struct task_struct *p, u32 nr)
 	if (w.deadline_ns)
 		start_timeout(w.self.slot, w.deadline_ns);
 	scx_bpf_task_set_slice(p, 0);
-	run_released_next(&w.released);
+	run_released_next(cctx, &w.released);
 }
 
 /* ops.yield of a registered task outside of umcg_wait(): a worker gives its host the CPU. */
-static __always_inline void task_yields(struct task_struct *p, struct umcg_ref *self)
+static __always_inline void task_yields(struct task_struct *p, struct umcg_ref *self, struct umcg_cpu_ctx *cctx)
 {
 	struct umcg_released released = {};
 	struct umcg_domain *domain = domain_of(self->slot->domain);
@@ -332,7 +391,7 @@ static __always_inline void task_yields(struct task_struct *p, struct umcg_ref *
 	if (!stopped)
 		return;
 	STAT_INC(preemptions);
-	run_released_next(&released);
+	run_released_next(cctx, &released);
 }
 
 #endif /* UMCG_WAIT_BPF_H */
