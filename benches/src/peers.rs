@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! What a program can do today without UMCG, between two threads on one CPU.
+
+use std::io::{Read, Write, pipe};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::thread::{self, yield_now};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::eventfd::EventFd;
+
+use crate::clock::{Samples, now};
+use crate::schedulers::Floor;
+
+/// There and back: `sched_yield(2)` alone, which switches because nobody else is there.
+pub(crate) fn yield_pair(rounds: u32) -> Result<Samples> {
+    let (started, stop, answers) = (AtomicBool::new(false), AtomicBool::new(false), AtomicU32::new(0));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            started.store(true, SeqCst);
+            while !stop.load(SeqCst) {
+                answers.fetch_add(1, SeqCst);
+                yield_now();
+            }
+        });
+        while !started.load(SeqCst) {
+            yield_now();
+        }
+        let before = answers.load(SeqCst);
+        let samples = sample(rounds, yield_now);
+        let answered = answers.load(SeqCst) - before;
+        stop.store(true, SeqCst);
+        ensure!(answered >= rounds / 2, "{answered} answers to {rounds} yields");
+        Ok(samples)
+    })
+}
+
+/// There and back between two tasks that `floor` knows.
+pub(crate) fn floor_pair(floor: &Floor<'_>, rounds: u32) -> Result<Samples> {
+    let (joined, stop, answers) = (AtomicBool::new(false), AtomicBool::new(false), AtomicU32::new(0));
+    thread::scope(|scope| {
+        let answering = scope.spawn(|| {
+            let result = floor.join(1);
+            joined.store(true, SeqCst);
+            while result.is_ok() && !stop.load(SeqCst) {
+                answers.fetch_add(1, SeqCst);
+                yield_now();
+            }
+            floor.end();
+            result
+        });
+        let result = floor.join(0);
+        while !joined.load(SeqCst) {
+            yield_now();
+        }
+        floor.begin();
+        let samples = sample(rounds, yield_now);
+        stop.store(true, SeqCst);
+        yield_now();
+        result.and(answering.join().expect("it does not panic"))?;
+        let answered = answers.load(SeqCst);
+        ensure!(answered >= rounds, "{answered} answers to {rounds} yields");
+        Ok(samples)
+    })
+}
+
+/// There and back: wake the other one, and sleep until it wakes us.
+pub(crate) fn futex_pair(rounds: u32) -> Result<Samples> {
+    let words = [AtomicU32::new(0), AtomicU32::new(0)];
+    ping_pong(rounds, || post(&words[0]), || take(&words[1]), || take(&words[0]), || post(&words[1]))
+}
+
+pub(crate) fn eventfd_pair(rounds: u32) -> Result<Samples> {
+    let (there, back) = (EventFd::new()?, EventFd::new()?);
+    ping_pong(
+        rounds,
+        || Ok(there.write(1).map(drop)?),
+        || Ok(back.read().map(drop)?),
+        || Ok(there.read().map(drop)?),
+        || Ok(back.write(1).map(drop)?),
+    )
+}
+
+pub(crate) fn pipe_pair(rounds: u32) -> Result<Samples> {
+    let (there, back) = (pipe()?, pipe()?);
+    ping_pong(
+        rounds,
+        || Ok((&there.1).write_all(b"x")?),
+        || Ok((&back.0).read_exact(&mut [0])?),
+        || Ok((&there.0).read_exact(&mut [0])?),
+        || Ok((&back.1).write_all(b"x")?),
+    )
+}
+
+/// From before a `read(2)` that blocks to the next user instruction of the thread that was waiting for the CPU.
+pub(crate) fn block_to_other_thread(rounds: u32) -> Result<Samples> {
+    let (mut reader, mut writer) = pipe()?;
+    let (blocking_at, is_blocking) = (AtomicU64::new(0), AtomicBool::new(false));
+    thread::scope(|scope| {
+        let blocking = scope.spawn(|| {
+            for _ in 0..rounds {
+                blocking_at.store(now(), SeqCst);
+                is_blocking.store(true, SeqCst);
+                reader.read_exact(&mut [0])?;
+            }
+            std::io::Result::Ok(())
+        });
+        let mut samples = Samples::default();
+        for _ in 0..rounds {
+            while !is_blocking.load(SeqCst) {
+                yield_now();
+            }
+            samples.add(blocking_at.load(SeqCst), now());
+            is_blocking.store(false, SeqCst);
+            writer.write_all(b"x")?;
+        }
+        blocking.join().expect("it does not panic")?;
+        Ok(samples)
+    })
+}
+
+/// From before the `write(2)` that wakes a reader, by a thread that sleeps next, to the reader's next user instruction.
+pub(crate) fn wake_up(rounds: u32) -> Result<Samples> {
+    let ((mut there, mut to), (mut back, mut from)) = (pipe()?, pipe()?);
+    let written_at = AtomicU64::new(0);
+    thread::scope(|scope| {
+        let woken = scope.spawn(|| {
+            let mut samples = Samples::default();
+            for _ in 0..rounds {
+                there.read_exact(&mut [0])?;
+                samples.add(written_at.load(SeqCst), now());
+                from.write_all(b"x")?;
+            }
+            std::io::Result::Ok(samples)
+        });
+        for _ in 0..rounds {
+            written_at.store(now(), SeqCst);
+            to.write_all(b"x")?;
+            back.read_exact(&mut [0])?;
+        }
+        Ok(woken.join().expect("it does not panic")?)
+    })
+}
+
+/// A system call that does nothing and never blocks.
+pub(crate) fn system_call(rounds: u32) -> Samples {
+    sample(rounds, || {
+        // SAFETY: getppid(2) takes nothing and cannot fail.
+        unsafe { libc::syscall(libc::SYS_getppid) };
+    })
+}
+
+fn sample(rounds: u32, mut operation: impl FnMut()) -> Samples {
+    let mut samples = Samples::default();
+    for _ in 0..rounds {
+        let start = now();
+        operation();
+        samples.add(start, now());
+    }
+    samples
+}
+
+fn ping_pong(
+    rounds: u32,
+    ping: impl Fn() -> Result<()>,
+    await_pong: impl Fn() -> Result<()>,
+    await_ping: impl Fn() -> Result<()> + Sync,
+    pong: impl Fn() -> Result<()> + Sync,
+) -> Result<Samples> {
+    thread::scope(|scope| {
+        let other = scope.spawn(|| (0..rounds).try_for_each(|_| await_ping().and_then(|()| pong())));
+        let mut samples = Samples::default();
+        for _ in 0..rounds {
+            let start = now();
+            ping()?;
+            await_pong()?;
+            samples.add(start, now());
+        }
+        other.join().expect("it does not panic").context("the other thread")?;
+        Ok(samples)
+    })
+}
+
+fn post(word: &AtomicU32) -> Result<()> {
+    word.store(1, SeqCst);
+    futex(word, libc::FUTEX_WAKE, 1);
+    Ok(())
+}
+
+fn take(word: &AtomicU32) -> Result<()> {
+    while word.load(SeqCst) == 0 {
+        futex(word, libc::FUTEX_WAIT, 0);
+    }
+    word.store(0, SeqCst);
+    Ok(())
+}
+
+fn futex(word: &AtomicU32, operation: i32, value: u32) {
+    let operation = operation | libc::FUTEX_PRIVATE_FLAG;
+    // SAFETY: the word lives as long as the call; there is no timeout to point to. Callers look at the word again.
+    unsafe {
+        libc::syscall(libc::SYS_futex, word.as_ptr(), operation, value, std::ptr::null::<libc::timespec>())
+    };
+}
