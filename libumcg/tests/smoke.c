@@ -44,6 +44,7 @@ static struct umcg_task *prepared(uint32_t server, uint32_t state)
 {
 	struct umcg_task *task = umcg_task_alloc();
 
+	CHECK((uintptr_t)task % 64 == 0);
 	CHECK(task && (task->umcg_status & UMCG_STATE_MASK) == UMCG_STATE_NONE);
 	task->umcg_server_tid = server;
 	task->umcg_status = state;

@@ -27,6 +27,7 @@ mod loader_gone;
 mod marked_runnable;
 mod moving;
 mod preempting;
+mod programs;
 mod registering;
 mod rseq;
 mod signals;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         marked_runnable::TESTS,
         moving::TESTS,
         preempting::TESTS,
+        programs::TESTS,
         registering::TESTS,
         rseq::TESTS,
         signals::TESTS,
