@@ -8,6 +8,8 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::SeqCst;
+use std::thread::sleep;
+use std::time::Duration;
 
 use umcg::raw::UMCG_WAIT_ENQUEUE;
 
@@ -23,6 +25,7 @@ pub const TESTS: &[Test] = &[
     Test::new("a_worker_that_is_moved_while_it_is_blocked_comes_back_to_its_new_server", || moved(false)),
     Test::new("a_serving_server_finds_what_was_captured_later", not_disturbed),
     Test::new("a_worker_becomes_a_server_and_a_worker_again", roles),
+    Test::new("a_worker_that_becomes_a_server_and_blocks_goes_on", role_at_capture),
     Test::new("a_worker_whose_server_ended_goes_to_another", orphan),
     Test::new("what_a_server_that_ended_had_captured_goes_to_another", heritage),
 ];
@@ -117,6 +120,32 @@ fn roles() {
     retire(server);
 }
 
+/// Coming back from the kernel is a stop, too: nobody is to run a server, so it goes on, and is on nobody's list.
+fn role_at_capture() {
+    open(2);
+    let server = become_server();
+    let (mut wake, mut sleep) = UnixStream::pair().unwrap();
+    let task = spawn_worker(server.tid(), move |task| {
+        task.server_tid.store(task.tid(), SeqCst);
+        sleep.read_exact(&mut [0]).unwrap();
+        assert_state(task, RUNNING);
+        assert!(lists_are_empty(task), "it is on its own list");
+        assert_eq!(task.switch_to(0), 0, "idles as a server until it is kicked");
+        assert!(lists_are_empty(task));
+    });
+    server.await_runnable(task.task);
+    server.run(task.task);
+    assert_only(task.task, &server.take(List::Blocked));
+    assert_state(task.task, BLOCKED);
+    wake.write_all(&[0]).unwrap();
+    wait_until("it idles", || task.task.state() == RUNNABLE);
+    assert_eq!(api::kick(task.task.tid(), 0), 0);
+    wait_until("it ends", || task.task.state() == NONE);
+    task.thread.join().unwrap();
+    assert!(lists_are_empty(server), "a server is on no list");
+    retire(server);
+}
+
 /// Ends the calling thread, and unregisters nobody.
 fn end_by_surprise() -> ! {
     // SAFETY: nothing waits for what the thread leaves undone; nobody joins it.
@@ -124,7 +153,8 @@ fn end_by_surprise() -> ! {
     unreachable!("the thread has ended")
 }
 
-/// Its host ends while it runs: the plain way back is gone, and it says so; with an heir it goes there.
+/// Its host ends while it runs: it runs on, and nobody hears of its blocks. The plain way back is gone, and it says so; with
+/// an heir it goes there.
 fn orphan() {
     open(3);
     let heir = become_server();
@@ -140,6 +170,9 @@ fn orphan() {
     let heir_tid = heir.tid();
     let worker = spawn_worker(gone.tid(), move |task| {
         spin_until("its host has ended", || gone.state() == NONE);
+        sleep(Duration::from_millis(1));
+        assert_state(task, RUNNING);
+        assert!(lists_are_empty(gone) && lists_are_empty(heir), "somebody was told of the block");
         assert_eq!(task.switch_to(0), -libc::ESRCH);
         assert_state(task, RUNNING);
         task.server_tid.store(heir_tid, SeqCst);
