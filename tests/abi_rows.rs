@@ -117,7 +117,8 @@ fn is_native_test(test: &str) -> bool {
 
 /// Whether `scripts/test` runs the script, and it is there.
 fn is_script(path: &str) -> bool {
-    let runs = source("scripts/test").is_some_and(|text| text.contains(&format!("' {path}")));
+    let is_named = |line: &str| line.split_whitespace().any(|word| word == path);
+    let runs = source("scripts/test").is_some_and(|text| text.lines().any(is_named));
     runs && source(path).is_some_and(|text| text.starts_with("#!"))
 }
 
