@@ -4,58 +4,13 @@
 //! The failures this guards against: a test that a promise relies on is renamed or removed; a new call, error,
 //! field or change of state comes without a test; a promise without a test is forgotten.
 
+mod contract;
+
 use std::collections::BTreeSet;
-use std::fs;
-use std::path::Path;
 
-const CONTRACT: &str = include_str!("../docs/abi.md");
+use contract::{CONTRACT, NONE_YET, Row, assert_none, chapter, file_of, quoted, rows, tables, vm_tests};
+
 const CHANGELOG: &str = include_str!("../CHANGELOG.md");
-const NONE_YET: &str = "none yet";
-
-struct Row {
-    promise: &'static str,
-    tests: &'static str,
-}
-
-/// 2 for "## Calls", 0 for what is no heading.
-fn level(line: &str) -> usize {
-    let (hashes, _) = line.split_once(' ').unwrap_or_default();
-    if hashes.bytes().all(|byte| byte == b'#') { hashes.len() } else { 0 }
-}
-
-/// The lines below a heading, up to the next one that is not below it.
-fn chapter(text: &'static str, heading: &str) -> Vec<&'static str> {
-    let is_below = |line: &&str| level(line) == 0 || level(line) > level(heading);
-    let lines: Vec<_> =
-        text.lines().skip_while(|line| *line != heading).skip(1).take_while(is_below).collect();
-    assert!(!lines.is_empty(), "there is no chapter {heading}");
-    lines
-}
-
-/// The rows of the tables of `columns` columns, cell by cell; their heads are not among them.
-fn tables(chapter: &[&'static str], columns: usize) -> Vec<Vec<&'static str>> {
-    let cells = |line: &'static str| line.strip_prefix("| ")?.strip_suffix(" |").map(|row| row.split('|'));
-    let is_head = |at: usize| chapter.get(at + 1).is_some_and(|next| next.starts_with("|---"));
-    let body = chapter.iter().enumerate().filter(|&(at, _)| !is_head(at));
-    body.filter_map(|(_, line)| cells(line))
-        .map(|cells| cells.map(str::trim).collect::<Vec<_>>())
-        .filter(|row| row.len() == columns)
-        .collect()
-}
-
-fn rows() -> Vec<Row> {
-    let chapter = chapter(CONTRACT, "## Tests");
-    let rows = tables(&chapter, 2);
-    let lines = chapter.iter().filter(|line| line.starts_with("| ")).count();
-    let tables = chapter.iter().filter(|line| line.starts_with("|---")).count();
-    assert_eq!(rows.len() + tables, lines, "a row has not two columns");
-    rows.into_iter().map(|row| Row { promise: row[0], tests: row[1] }).collect()
-}
-
-/// What stands in `backticks`.
-fn quoted(text: &str) -> impl Iterator<Item = &str> {
-    text.split('`').skip(1).step_by(2)
-}
 
 fn errors(text: &str) -> impl Iterator<Item = &str> {
     quoted(text).filter(|word| word.starts_with("-E"))
@@ -82,59 +37,10 @@ fn items(lines: &[&str], mark: &str) -> Vec<String> {
     items
 }
 
-fn source(path: &str) -> Option<String> {
-    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).ok()
-}
-
-/// The tests that need a virtual machine: what is given to `Test::new`, or to `test` of capture.rs.
-fn vm_tests() -> BTreeSet<String> {
-    let dir = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vm")).expect("it is there");
-    let mut names = BTreeSet::new();
-    for file in dir {
-        let text = fs::read_to_string(file.expect("readable").path()).expect("Rust is UTF-8");
-        for start in ["Test::new(\"", " test(\""] {
-            names.extend(
-                text.split(start).skip(1).filter_map(|rest| Some(rest.split_once('"')?.0.to_owned())),
-            );
-        }
-    }
-    assert!(names.len() > 100, "they are not found any more");
-    names
-}
-
-/// Whether FILE has a function NAME that is a test.
-fn is_native_test(test: &str) -> bool {
-    let is_test = || {
-        let (file, name) = test.split_once("::")?;
-        let text = source(file)?;
-        let (before, _) = text.split_once(&format!("fn {name}("))?;
-        let mut attributes =
-            before.trim_end().lines().rev().map(str::trim).take_while(|line| line.starts_with("#["));
-        attributes.any(|line| line == "#[test]").then_some(())
-    };
-    is_test().is_some()
-}
-
-/// Whether `scripts/test` runs the script, and it is there.
-fn is_script(path: &str) -> bool {
-    let is_named = |line: &str| line.split_whitespace().any(|word| word == path);
-    let runs = source("scripts/test").is_some_and(|text| text.lines().any(is_named));
-    runs && source(path).is_some_and(|text| text.starts_with("#!"))
-}
-
-fn assert_none(what: &str, names: impl IntoIterator<Item = impl ToString>) {
-    let names: Vec<_> = names.into_iter().map(|name| name.to_string()).collect();
-    assert!(names.is_empty(), "{what}:\n  {}", names.join("\n  "));
-}
-
 #[test]
 fn every_named_test_exists() {
     let vm = vm_tests();
-    let exists = |test: &str| match test {
-        _ if test.contains("::") => is_native_test(test),
-        _ if test.contains('/') => is_script(test),
-        _ => vm.contains(test),
-    };
+    let exists = |test: &str| file_of(test, &vm).is_some();
     let wrong_ones =
         ["a_test_that_nobody_wrote", "tests/abi_rows.rs::rows", "tests/no_file.rs::rows", "tests/layout.rs"];
     for wrong in wrong_ones {
@@ -153,7 +59,7 @@ fn every_named_test_exists() {
 fn every_test_of_the_virtual_machine_is_named() {
     let chapter = chapter(CONTRACT, "## Tests").join("\n");
     let named: BTreeSet<_> = quoted(&chapter).collect();
-    assert_none("in no row", vm_tests().iter().filter(|test| !named.contains(test.as_str())));
+    assert_none("in no row", vm_tests().keys().filter(|test| !named.contains(test.as_str())));
 }
 
 #[test]

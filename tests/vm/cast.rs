@@ -274,7 +274,7 @@ pub fn gettid() -> u32 {
 
 /// Polls for an end state; hangs are the runner's business, this only says what was waited for.
 pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(90);
+    let deadline = Instant::now() + limit(90);
     while !is_so() {
         assert!(Instant::now() < deadline, "never happened: {what}");
         sleep(Duration::from_millis(1));
@@ -283,7 +283,7 @@ pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
 
 /// The same without a system call, for workers: they would block in one.
 pub fn spin_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(90);
+    let deadline = Instant::now() + limit(90);
     while !is_so() {
         assert!(Instant::now() < deadline, "never happened: {what}");
         std::hint::spin_loop();
@@ -321,7 +321,14 @@ pub fn state_name(state: u32) -> &'static str {
 
 /// Rounds, or seconds, of a long test: `UMCG_VM_SCALE` in the environment, a factor, makes it longer or shorter.
 pub fn scaled(n: u32) -> u32 {
-    let factor =
-        std::env::var("UMCG_VM_SCALE").map_or(1.0, |scale| scale.parse::<f64>().expect("UMCG_VM_SCALE"));
-    ((f64::from(n) * factor) as u32).max(1)
+    ((f64::from(n) * factor("UMCG_VM_SCALE")) as u32).max(1)
+}
+
+/// How long something may take before it counts as hung: `UMCG_VM_LIMIT`, a factor, is for those who expect it to hang.
+pub fn limit(seconds: u64) -> Duration {
+    Duration::from_secs(seconds).mul_f64(factor("UMCG_VM_LIMIT"))
+}
+
+fn factor(name: &str) -> f64 {
+    std::env::var(name).map_or(1.0, |factor| factor.parse().expect(name))
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! The runner: names and command line are libtest's (`vm [FILTER] [--exact] [--list]`), each test is a process.
+//! `UMCG_VM_ONLY`, names of tests, leaves all others out.
 
 use std::env;
 use std::fs::File;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
+use crate::cast::limit;
 use crate::kernel_log::KernelLog;
 
 /// Names the test that a child process is to run.
@@ -74,7 +76,7 @@ impl Loader {
             .spawn()
             .expect("cannot start the loader");
         let mut loader = Self { child, socket };
-        let deadline = Instant::now() + Duration::from_secs(300);
+        let deadline = Instant::now() + limit(300);
         while !loader.serves() {
             if let Some(status) = loader.child.try_wait().unwrap() {
                 panic!("the loader ended before it served: {status}");
@@ -168,6 +170,9 @@ pub fn main(tests: &[Test]) -> ExitCode {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1); // tests count what is in the whole machine
     let mut tests = tests.to_vec();
+    if let Ok(only) = env::var("UMCG_VM_ONLY") {
+        tests.retain(|test| only.split_whitespace().any(|name| name == test.name));
+    }
     tests.sort_by_key(|test| test.own_loader); // the common loader starts once
     let trials = tests.iter().map(|&test| Trial::test(test.name, move || run_in_child(test))).collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
@@ -193,7 +198,7 @@ fn run_in_child(test: Test) -> Result<(), Failed> {
         command.env("UMCG_SOCKET", &loader.socket);
     }
     let started = Instant::now();
-    let outcome = wait_for(command.spawn()?, Duration::from_secs(test.limit_s));
+    let outcome = wait_for(command.spawn()?, limit(test.limit_s));
     println!("     {:.1} s", started.elapsed().as_secs_f32());
 
     let outcome = match &*common {
