@@ -24,6 +24,7 @@ use crate::cast::{
 };
 use crate::harness::{Loader, Test};
 use crate::scene::{assert_blocks_are_seen, assert_only, assert_state};
+use crate::stress::Dice;
 
 /// What the kernel says of a scheduler that was ejected by hand.
 const EJECTED: &str = "disabled (disabled by sysrq-S)";
@@ -281,23 +282,34 @@ fn ended_after() {
 
 const SERVERS: usize = 2;
 const WORKERS: usize = 10;
+/// Of each worker.
+const ROUNDS: u32 = 300;
 
+/// Workers sleep, so that no event of theirs wakes a server that nothing else has woken.
+static PAUSE: AtomicBool = AtomicBool::new(false);
+
+/// The scheduler goes at any moment, from before the first task has registered. Every server hears of it by itself, and all
+/// of the work is done.
 fn under_load(end: fn(Loader), times: u32) {
-    for time in 0..scaled(times) {
+    let mut dice = Dice(u64::from(times));
+    for _ in 0..scaled(times) {
         let loader = Loader::start(&[]);
         open_at(&loader, 32);
-        STOP.store(false, SeqCst);
         let groups: Vec<_> = (0..SERVERS).map(|_| Group::start()).collect();
-        sleep(Duration::from_micros(50_000 + u64::from(time) * 7919 % 20_000));
+        sleep(Duration::from_micros(dice.below(200_000)));
         end(loader);
+        PAUSE.store(true, SeqCst);
         await_futex();
-        sleep(Duration::from_millis(20));
-        STOP.store(true, SeqCst);
-        for group in groups {
-            group.end();
+        for group in &groups {
+            let knows = || group.server.user_data.load(SeqCst) == KNOWS;
+            wait_until("every server knows", || knows() || group.server.state() == NONE);
         }
+        PAUSE.store(false, SeqCst);
+        for thread in groups.into_iter().flat_map(|group| group.threads) {
+            thread.join().unwrap();
+        }
+        assert_eq!(STEPS.swap(0, SeqCst), (SERVERS * WORKERS) as u32 * ROUNDS, "work was lost");
         assert_eq!(api::close(), 0);
-        println!("{} steps", STEPS.swap(0, SeqCst));
     }
 }
 
@@ -317,43 +329,36 @@ impl Group {
         let threads = tasks.into_iter().enumerate().map(work).chain([server.thread]).collect();
         Self { server: server.task, threads }
     }
-
-    /// A worker that was let go ends without being run, so nobody tells its server: this does.
-    fn end(self) {
-        for thread in self.threads {
-            wait_until("the thread ends", || {
-                api::kick(self.server.tid(), 0);
-                thread.is_finished()
-            });
-            thread.join().unwrap();
-        }
-    }
 }
 
-/// It has registered and ended once its user data says so; before it registers its status is NONE, too.
+/// A worker's user data once it has registered and ended; before it registers its status is NONE, too.
 const ENDED: u64 = 1;
+/// A server's, once it has been in its loop with the futex back end.
+const KNOWS: u64 = 1;
 
-/// Sleeps, computes, yields and waits by turns.
+/// Sleeps, computes, yields and waits by turns. A worker that was let go ends without being run, so each says that it has ended.
 fn work(nr: usize, task: &'static Task, host: u32) {
     become_worker(task, host);
-    for round in nr.. {
-        if STOP.load(SeqCst) {
-            break;
+    for round in 0..ROUNDS {
+        while PAUSE.load(SeqCst) {
+            sleep(Duration::from_millis(1));
         }
-        match round % 4 {
+        match (nr as u32 + round) % 4 {
             0 => sleep(Duration::from_micros(200)),
             1 => (0..2000).for_each(|_| std::hint::spin_loop()),
             2 => std::thread::yield_now(),
             _ => {
                 task.status.store(RUNNABLE, SeqCst);
                 let answer = api::wait(0, UMCG_WAIT_ENQUEUE);
-                assert_eq!(answer, 0, "back end {}, in round {}", api::backend(), round - nr);
+                assert_eq!(answer, 0, "back end {}, in round {round}", api::backend());
             }
         }
         step();
     }
     retire(task);
     task.user_data.store(ENDED, SeqCst);
+    let answer = api::kick(host, 0);
+    assert!([0, -libc::ESRCH].contains(&answer), "{answer}"); // the server may have seen it, and be gone
 }
 
 /// First in, first out, until all workers have ended. Once exclusivity is lost, one that is let go may be in the queue and
@@ -361,6 +366,9 @@ fn work(nr: usize, task: &'static Task, host: u32) {
 fn serve(me: &'static Task, workers: &[&'static Task]) {
     let mut queue = VecDeque::new();
     loop {
+        if api::backend() == "futex" {
+            me.user_data.store(KNOWS, SeqCst);
+        }
         me.status.store(RUNNABLE, SeqCst);
         me.take(List::Blocked);
         queue.extend(me.take(List::Runnable));
