@@ -105,6 +105,11 @@ impl Client {
         }
     }
 
+    /// The error in the answer of the control program.
+    pub fn error(&self, args: umcg_ctl_args) -> i32 {
+        self.run(args).expect("the program runs").result
+    }
+
     /// Maps the domain: its cells, header first, as words. They are never unmapped.
     pub fn words(&self) -> &'static [AtomicU32] {
         let len = (self.welcome.nr_slots as usize + 1) * CELL_WORDS;

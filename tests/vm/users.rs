@@ -11,18 +11,22 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::thread::sleep;
 use std::time::Duration;
 
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use nix::unistd::{Gid, Uid, setegid, seteuid, setgroups, setresgid, setresuid};
 
 use umcg::raw::UMCG_WAIT_ENQUEUE;
 
 use crate::api::{self, RUNNABLE, RUNNING};
 use crate::cast::{self, Task, become_server, in_child, load_program, retire, spawn_worker, wait_until};
+use crate::client::shared_abi::{
+    UMCG_CTL_ATTACH, UMCG_CTL_KICK, UMCG_CTL_REGISTER, UMCG_CTL_UNREGISTER, umcg_ctl_args,
+};
 use crate::client::{Attr, Client, bpf};
 use crate::harness::{Loader, Test};
 use crate::scene::{assert_blocks_are_seen, lists_are_empty, run_to_end};
@@ -33,6 +37,7 @@ pub const TESTS: &[Test] = &[
     Test::new("there_are_no_more_domains_than_the_loader_allows", all_domains).own_loader(),
     Test::new("the_tasks_of_another_domain_are_nobody", strangers),
     Test::new("tids_are_those_of_the_processs_own_pid_namespace", pid_namespace),
+    Test::new("the_control_program_refuses_what_is_not_the_callers", control).own_loader(),
     Test::new("with_its_descriptors_a_user_reaches_its_own_domain_only", descriptors).own_loader(),
     Test::new("memory_that_a_user_keeps_counts_until_it_is_gone", kept_memory).own_loader(),
 ];
@@ -188,6 +193,84 @@ fn pid_namespace() {
     });
 }
 
+/// Runs the control program for every mistake about whose a domain, a slot or a task is.
+fn control() {
+    let loader = Loader::start(&["--group", &GROUP.to_string()]);
+    assert_eq!(open(&loader, 2), 0);
+    let server = become_server();
+    let worker = spawn_worker(server.tid(), |_| ());
+    server.await_runnable(worker.task);
+    let victim = own_domain(&loader);
+    let tids = [server.tid(), worker.task.tid()];
+    load_program();
+    in_child(|| {
+        setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).unwrap(); // its own child locks, too
+        become_user(USER, GROUP);
+        let client = Client::open(&loader.socket, 4);
+        assert_ne!(client.welcome.domain, victim);
+        // Nobody's, until it is attached, and then only by whoever knows the nonce, once.
+        let attach = |domain, nonce| {
+            client.error(umcg_ctl_args { op: UMCG_CTL_ATTACH, domain, nonce, ..umcg_ctl_args::default() })
+        };
+        let register = |domain, slot| {
+            client.error(umcg_ctl_args { op: UMCG_CTL_REGISTER, domain, slot, ..umcg_ctl_args::default() })
+        };
+        assert_eq!(register(client.welcome.domain, 1), -libc::EFAULT, "not attached");
+        for nonce in [0, 1, !client.welcome.nonce, client.welcome.nonce] {
+            assert_eq!(attach(victim, nonce), -libc::EPERM, "another's domain");
+        }
+        for domain in [64, u32::MAX] {
+            assert_eq!(attach(domain, client.welcome.nonce), -libc::EINVAL, "no domain");
+        }
+        for nonce in [0, !client.welcome.nonce] {
+            assert_eq!(attach(client.welcome.domain, nonce), -libc::EPERM);
+        }
+        client.attach();
+        assert_eq!(attach(client.welcome.domain, client.welcome.nonce), -libc::EPERM, "twice");
+        refused_to(&client, victim, tids);
+        // Whoever has its descriptors is not the process that attached.
+        in_child(|| {
+            refused_to(&client, victim, tids);
+            assert_eq!(register(client.welcome.domain, 1), -libc::EFAULT);
+            assert_eq!(attach(client.welcome.domain, client.welcome.nonce), -libc::EPERM);
+        });
+    });
+    assert_eq!((server.state(), worker.task.state()), (RUNNING, RUNNABLE));
+    assert!(lists_are_empty(server));
+    run_to_end(server, worker);
+    retire(server);
+}
+
+/// The number of the only domain that has tasks: there is no other yet.
+fn own_domain(loader: &Loader) -> u32 {
+    assert_eq!(loader.stat("nr_domains"), 1);
+    0
+}
+
+/// What a client cannot do to the `victim`, nor beyond its own slots.
+fn refused_to(client: &Client, victim: u32, tids: [u32; 2]) {
+    let mine = client.welcome.domain;
+    let args = |op, domain| umcg_ctl_args { op, domain, ..umcg_ctl_args::default() };
+    for slot in [0, 1, 2, 3, u32::MAX] {
+        let register = umcg_ctl_args { slot, ..args(UMCG_CTL_REGISTER, victim) };
+        assert_eq!(client.error(register), -libc::EFAULT, "slot {slot} of another's domain");
+    }
+    for slot in [0, 5, 1 << 31, u32::MAX] {
+        let register = umcg_ctl_args { slot, ..args(UMCG_CTL_REGISTER, mine) };
+        assert_eq!(client.error(register), -libc::EFAULT, "slot {slot} of four");
+    }
+    for tid in [tids[0], tids[1], 0, u32::MAX] {
+        for domain in [victim, mine, 63, u32::MAX] {
+            let kick = umcg_ctl_args { tid, ..args(UMCG_CTL_KICK, domain) };
+            assert_eq!(client.error(kick), -libc::ESRCH, "task {tid} of domain {domain}");
+        }
+    }
+    assert_eq!(client.error(args(UMCG_CTL_UNREGISTER, victim)), -libc::EINVAL, "not registered");
+    for op in [0, 6, u32::MAX] {
+        assert_eq!(client.error(args(op, mine)), -libc::EINVAL, "operation {op}");
+    }
+}
+
 /// One command of bpf(2) as an unprivileged client: what it answers for the domain's map, and for the control
 /// program. Several answers are those of several kernels.
 struct Try {
@@ -321,12 +404,23 @@ fn ids(next: u32) -> Vec<u32> {
     std::iter::successors(Some(0), step).skip(1).collect()
 }
 
+fn map_id(client: &Client) -> u32 {
+    let info = [const { AtomicU32::new(0) }; 20]; // the type, then the id
+    let address = info.as_ptr().expose_provenance() as u64;
+    let mut attr =
+        Attr::default().descriptor(0, &client.map).word(4, size_of_val(&info) as u32).pointer(8, address);
+    assert_eq!(bpf(15, &mut attr), 0);
+    info[1].load(SeqCst)
+}
+
 fn descriptors() {
     let loader = Loader::start(&["--group", &GROUP.to_string()]);
     load_program();
     set_up_bpf();
+    let victim = Client::open(&loader.socket, 4);
     let objects: Vec<_> = BY_ID.iter().map(|&(next, get, name)| (get, name, ids(next))).collect();
-    assert!(objects[..3].iter().all(|(_, _, ids)| !ids.is_empty()), "root sees no objects");
+    assert!(objects.iter().all(|(_, _, ids)| !ids.is_empty()), "root sees no objects");
+    assert!(objects[1].2.contains(&map_id(&victim)), "another's domain is not among them");
     in_child(|| {
         become_user(USER, GROUP);
         let client = Client::open(&loader.socket, 4);
