@@ -142,7 +142,7 @@ int umcg_register(struct umcg_task *self, unsigned int flags);
 
 /**
  * Ends the registration; the status becomes NONE. A worker's host becomes RUNNING.
- * @return -EINVAL: not this thread's; -EBUSY: serving
+ * @return -EINVAL: not this thread's; -EBUSY: serving, or in a signal handler that interrupted one of these calls
  */
 int umcg_unregister(struct umcg_task *self);
 

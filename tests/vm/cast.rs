@@ -181,7 +181,8 @@ pub struct Worker {
     pub thread: JoinHandle<()>,
 }
 
-/// Spawns a worker of `server` that runs `body` as a task and unregisters. It runs nothing before it is run.
+/// Spawns a worker of `server` that runs `body` as a task and unregisters, unless that is done. It runs nothing before
+/// it is run.
 pub fn spawn_worker(server: u32, body: impl FnOnce(&'static Task) + Send + 'static) -> Worker {
     spawn_worker_in(server, || (), body)
 }
@@ -201,7 +202,9 @@ pub fn spawn_worker_in(
         sender.send(task).unwrap();
         become_worker(task, server);
         body(task);
-        retire(task);
+        if !api::current().is_null() {
+            retire(task);
+        }
     });
     Worker { task: receiver.recv().unwrap(), thread }
 }

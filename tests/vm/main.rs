@@ -19,6 +19,7 @@ mod bystanders;
 mod capture;
 mod enqueue;
 mod first_run;
+mod handlers;
 mod held;
 mod hostile;
 mod killing;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         capture::TESTS,
         enqueue::TESTS,
         first_run::TESTS,
+        handlers::TESTS,
         held::TESTS,
         hostile::TESTS,
         killing::TESTS,

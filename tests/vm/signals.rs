@@ -45,29 +45,29 @@ pub const TESTS: &[Test] = &[
 const SIGNAL: Signal = Signal::SIGUSR1;
 
 /// Handlers that have run, and the thread of the last one.
-static HANDLED: AtomicU32 = AtomicU32::new(0);
+pub static HANDLED: AtomicU32 = AtomicU32::new(0);
 static HANDLED_BY: AtomicU32 = AtomicU32::new(0);
 
-extern "C" fn count(_signal: i32) {
+pub extern "C" fn count(_signal: i32) {
     HANDLED_BY.store(gettid(), SeqCst);
     HANDLED.fetch_add(1, SeqCst);
 }
 
-fn handle(handler: extern "C" fn(i32), flags: SaFlags) {
+pub fn handle(handler: extern "C" fn(i32), flags: SaFlags) {
     let action = SigAction::new(SigHandler::Handler(handler), flags, SigSet::empty());
     // SAFETY: the handlers of this file touch atomics, or call what is async-signal-safe.
     unsafe { sigaction(SIGNAL, &action) }.unwrap();
 }
 
 /// For the thread of `task`, and nobody else.
-fn send(task: &Task) {
+pub fn send(task: &Task) {
     let (process, thread) = (getpid().as_raw(), task.tid());
     // SAFETY: takes no pointers.
     let answer = unsafe { libc::syscall(libc::SYS_tgkill, process, thread, SIGNAL as i32) };
     assert_eq!(answer, 0);
 }
 
-fn await_handled(times: u32) {
+pub fn await_handled(times: u32) {
     wait_until(&format!("the handler runs for the {times}th time"), || HANDLED.load(SeqCst) == times);
 }
 
@@ -259,7 +259,7 @@ fn running() {
 }
 
 /// A worker of each kind that waits, taken from all lists; each counts one step when it is run.
-fn held_workers(server: &Task) -> Vec<Worker> {
+pub fn held_workers(server: &Task) -> Vec<Worker> {
     let step = || _ = STEPS.fetch_add(1, SeqCst);
     let fresh = spawn_worker(server.tid(), move |_| step());
     server.await_runnable(fresh.task);
@@ -281,7 +281,7 @@ fn held_workers(server: &Task) -> Vec<Worker> {
     server.await_runnable(captured.task);
     let preempted = spawn_worker(server.tid(), move |task| {
         task.status.fetch_or(UMCG_TF_PREEMPT, SeqCst);
-        spin_until("preempted", || task.status.load(SeqCst) == RUNNING);
+        spin_until("preempted", || task.status.load(SeqCst) & UMCG_TF_PREEMPT == 0);
         step();
     });
     server.await_runnable(preempted.task);

@@ -60,6 +60,8 @@ pub fn register(task: *mut umcg_task, flags: u32) -> Result<(), Errno> {
 }
 
 /// `umcg_unregister`: ends the calling thread's registration.
+///
+/// `EBUSY`: the server serves a worker; or in a signal handler that interrupted one of these calls of this thread.
 pub fn unregister(task: *mut umcg_task) -> Result<(), Errno> {
     crate::register::unregister(task.addr() as u64)
 }
