@@ -126,11 +126,13 @@ static __always_inline int server_waits(struct umcg_wait *w)
 	if (self->slot->serving) { /* its wait had timed out */
 		if (names_another(w) && w->next.nr != self->slot->serving)
 			return -EBUSY;
-		self->cell->task.umcg_next_tid = 0;
-		stop(self, UMCG_SERVING);
-		return 0;
-	}
-	if (!names_another(w)) {
+		/* To name its worker again changes nothing, unless that marked itself and sleeps: it blocks now. */
+		if (!names_another(w) || !w->next.slot->asleep) {
+			self->cell->task.umcg_next_tid = 0;
+			stop(self, UMCG_SERVING);
+			return 0;
+		}
+	} else if (!names_another(w)) {
 		stop(self, UMCG_WAITING);
 		return 0;
 	}
