@@ -32,6 +32,7 @@ mod programs;
 mod registering;
 mod rseq;
 mod signals;
+mod sleepers;
 mod stopping;
 mod stress;
 mod timeouts;
@@ -60,6 +61,7 @@ fn main() -> ExitCode {
         registering::TESTS,
         rseq::TESTS,
         signals::TESTS,
+        sleepers::TESTS,
         stopping::TESTS,
         stress::TESTS,
         timeouts::TESTS,

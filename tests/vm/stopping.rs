@@ -123,7 +123,7 @@ impl Process {
 }
 
 /// One letter, as ps shows it.
-fn state(thread: Pid) -> char {
+pub fn state(thread: Pid) -> char {
     let stat = fs::read_to_string(format!("/proc/{thread}/stat")).unwrap();
     let (_, rest) = stat.rsplit_once(") ").unwrap();
     rest.chars().next().unwrap()
@@ -247,13 +247,13 @@ fn job_control() {
     process.assert_ends_well();
 }
 
-fn ptrace(request: u32, thread: Pid) {
+pub fn ptrace(request: u32, thread: Pid) {
     // SAFETY: none of the requests that are made here takes a pointer.
     let answer = unsafe { libc::ptrace(request, thread.as_raw(), 0_usize, 0_usize) };
     assert_eq!(answer, 0, "ptrace request {request:#x}: {}", std::io::Error::last_os_error());
 }
 
-fn await_ptrace_stop(thread: Pid) {
+pub fn await_ptrace_stop(thread: Pid) {
     wait_until("the thread stops for its tracer", || {
         let status = waitpid(thread, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG)).unwrap();
         match status {

@@ -12,8 +12,8 @@ use std::sync::mpsc;
 
 use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING};
 use crate::cast::{
-    List, Task, Worker, become_server, nr_cpus, open, retire, spawn_server, spawn_worker, spawn_worker_in,
-    spin_until, state_name, wait_until,
+    List, Task, Worker, become_server, nr_cpus, open, retire, spawn_server, spawn_worker, spin_until,
+    state_name, wait_until,
 };
 use crate::harness::Test;
 
@@ -31,7 +31,6 @@ pub const TESTS: &[Test] = &[
     Test::new("a_thread_that_is_no_task_cannot_wait", unregistered),
     Test::new("of_two_servers_one_gets_the_worker", two_servers).limit_s(300),
     Test::new("a_worker_that_marked_itself_can_be_picked", marked),
-    Test::new("a_worker_picked_in_its_sleep_is_blocked", picked_asleep),
     Test::new("kick_ends_the_wait_of_a_server", kick_server),
     Test::new("kick_queues_a_waiting_worker", kick_worker),
     Test::new("kick_leaves_others_alone", kick_others),
@@ -517,48 +516,6 @@ fn marked() {
     other.thread.join().unwrap();
     worker.thread.join().unwrap();
     retire(me);
-}
-
-fn picked_asleep() {
-    static STEPS: AtomicU32 = AtomicU32::new(0);
-
-    let (mut ours, mut theirs) = UnixStream::pair().unwrap();
-    open(3);
-    let me = become_server();
-    let (sender, tid_of_worker) = mpsc::channel();
-    let worker = spawn_worker_in(
-        me.tid(),
-        move || sender.send(crate::cast::gettid()).unwrap(),
-        move |task| {
-            task.status.store(RUNNABLE, SeqCst);
-            theirs.read_exact(&mut [0]).unwrap();
-            STEPS.fetch_add(1, SeqCst);
-        },
-    );
-    let worker_tid = tid_of_worker.recv().unwrap();
-    me.await_runnable(worker.task);
-    let worker_task = worker.task;
-    let other = spawn_server(move |task| {
-        wait_until("the worker marks itself", || worker_task.state() == RUNNABLE && sleeps(worker_tid));
-        worker_task.server_tid.store(task.tid(), SeqCst);
-        run_into_block(task, worker_task);
-        assert!(worker_task.blocked_ts.load(SeqCst) > 0);
-        ours.write_all(&[0]).unwrap();
-        task.await_runnable(worker_task);
-        assert_eq!(STEPS.load(SeqCst), 0, "user code ran before the worker was run again");
-        task.run(worker_task);
-        assert_eq!(STEPS.load(SeqCst), 1);
-    });
-    me.run(worker.task); // until the other server takes it away
-    assert!(lists_are_empty(me));
-    other.thread.join().unwrap();
-    worker.thread.join().unwrap();
-    retire(me);
-}
-
-fn sleeps(tid: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/self/task/{tid}/stat")).unwrap();
-    stat.contains(") S ")
 }
 
 fn kick_server() {
