@@ -154,7 +154,7 @@ impl Domain {
 
     fn free(&self, cell: &Cell) {
         if let Some(index) = self.inner.memory.index_of(cell.addr()) {
-            self.inner.memory.free(index);
+            self.inner.free(index);
         }
     }
 }

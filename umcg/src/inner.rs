@@ -11,14 +11,17 @@
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::connect;
 use crate::ctl;
 use crate::errno::Errno;
 use crate::futex::Futex;
-use crate::memory::Memory;
+use crate::memory::{Index, Memory};
+use crate::register;
 use crate::shared_abi::{UMCG_CTL_ATTACH, UMCG_DOMAIN_PARTIAL, umcg_ctl_args};
+use crate::sys;
 
 /// The futex back end needs no more than memory; who asks for more than this has made a mistake.
 const FALLBACK_MAX_TASKS: u32 = 1 << 20;
@@ -94,6 +97,37 @@ impl Inner {
             self.futex.wake_all(self);
         }
         answer
+    }
+
+    /// Gives a cell back that nobody has registered.
+    pub(crate) fn free(self: &Arc<Self>, index: Index) {
+        let left = self.memory.free(index);
+        self.drop_count_of(left);
+    }
+
+    /// Drops what threads have left that ended without their destructors, by exit(2).
+    pub(crate) fn drop_left_counts(self: &Arc<Self>) {
+        for index in self.memory.all_used() {
+            let left = self.memory.disown(index);
+            self.drop_count_of(left);
+        }
+    }
+
+    fn drop_count_of(self: &Arc<Self>, tid: Option<u32>) {
+        if tid.is_some_and(|tid| self.has_ended(tid)) {
+            // SAFETY: a count that `Thread::register` turned into a pointer. Its thread does not run any more, and nobody else is
+            // told of it, for the cell has another owner now. There is ours, too, so this is not the last.
+            unsafe { Arc::decrement_strong_count(Arc::as_ptr(self)) };
+        }
+    }
+
+    /// Whether a thread that was a task has ended. Status NONE alone is the program's to scribble.
+    fn has_ended(&self, tid: u32) -> bool {
+        if self.is_scheduled() {
+            register::kick_in(self, tid) == Err(Errno::ESRCH)
+        } else {
+            !sys::thread_exists(tid)
+        }
     }
 
     /// In a forked child: the descriptors are copies, and while they are open the loader takes the parent for alive. Only

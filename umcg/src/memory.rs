@@ -22,6 +22,8 @@ use crate::shared_abi::{UMCG_ABI_VERSION, UMCG_MAGIC, UMCG_STATE_NONE};
 const FREE: u32 = 0;
 /// Of a slot's owner: allocated, but not registered. No tid is that large.
 const ALLOCATED: u32 = u32::MAX;
+/// Beside the tid of a slot's owner: that thread has a count of the domain.
+const COUNTED: u32 = 1 << 31;
 
 /// Number of a cell, 1 to `nr_slots`.
 pub(crate) type Index = u32;
@@ -45,7 +47,7 @@ pub(crate) struct Memory {
     base: NonNull<Cell>,
     mapped_len: NonZeroUsize,
     generation: Generation,
-    /// FREE, ALLOCATED or the tid of the thread that registered it, of cell index + 1.
+    /// FREE, ALLOCATED, or the tid of the thread that registered it and perhaps COUNTED, of cell index + 1.
     owners: Box<[AtomicU32]>,
     /// Where to look for a free cell first; a hint.
     next_free: AtomicU32,
@@ -160,15 +162,22 @@ impl Memory {
         Some(cell)
     }
 
-    /// Ignores cells that are not allocated, and those of registered tasks.
-    pub(crate) fn free(&self, index: Index) {
-        let Some(owner) = self.owner(index).map(|owner| owner.load(Ordering::Acquire)) else {
-            return;
-        };
+    /// Ignores cells that are not allocated, and those of registered tasks. Answers the thread that has left a count.
+    pub(crate) fn free(&self, index: Index) -> Option<u32> {
+        self.release(index, FREE)
+    }
+
+    /// Back to allocated, if its thread is a task no more; answers the thread that has left a count.
+    pub(crate) fn disown(&self, index: Index) -> Option<u32> {
+        tid_of(self.owner(index)?.load(Ordering::Acquire))?;
+        self.release(index, ALLOCATED)
+    }
+
+    fn release(&self, index: Index, to: u32) -> Option<u32> {
+        let owner = self.owner(index)?.load(Ordering::Acquire);
         // A thread that exits without a word leaves its tid here; the kernel side has set NONE.
-        if !self.is_registered(index) {
-            self.change_owner(index, owner, FREE);
-        }
+        let released = !self.is_registered(index) && self.change_owner(index, owner, to);
+        tid_of(owner).filter(|_| released && owner & COUNTED != 0 && self.is_mapped())
     }
 
     /// False if it is not allocated, or somebody's.
@@ -181,20 +190,29 @@ impl Memory {
         self.change_owner(index, tid, ALLOCATED);
     }
 
+    /// The thread that took it has a count of the domain from now on, or has none any more.
+    pub(crate) fn note_count(&self, index: Index, tid: u32, has_one: bool) {
+        let (from, to) = if has_one { (tid, tid | COUNTED) } else { (tid | COUNTED, tid) };
+        self.change_owner(index, from, to);
+    }
+
     pub(crate) fn is_registered(&self, index: Index) -> bool {
         self.registered(index).is_some()
     }
 
     /// The registered task in that cell, by the tid that registered it: `umcg_tid` is the program's to scribble on.
     pub(crate) fn registered(&self, index: Index) -> Option<Registered<'_>> {
-        let tid = self.owner(index)?.load(Ordering::Acquire);
+        let tid = tid_of(self.owner(index)?.load(Ordering::Acquire))?;
         let cell = self.cell(index)?;
-        let is_registered = tid != FREE && tid != ALLOCATED && cell.status.state() != UMCG_STATE_NONE;
-        is_registered.then_some(Registered { index, tid, cell })
+        (cell.status.state() != UMCG_STATE_NONE).then_some(Registered { index, tid, cell })
     }
 
     pub(crate) fn all_registered(&self) -> impl Iterator<Item = Registered<'_>> {
-        (1..=self.used.load(Ordering::Acquire)).filter_map(|index| self.registered(index))
+        self.all_used().filter_map(|index| self.registered(index))
+    }
+
+    pub(crate) fn all_used(&self) -> impl Iterator<Item = Index> + use<> {
+        1..=self.used.load(Ordering::Acquire)
     }
 
     pub(crate) fn find(&self, tid: u32) -> Option<Registered<'_>> {
@@ -210,6 +228,11 @@ impl Memory {
             owner.compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed).is_ok()
         })
     }
+}
+
+/// The thread that registered a slot with that owner.
+fn tid_of(owner: u32) -> Option<u32> {
+    (owner != FREE && owner != ALLOCATED).then_some(owner & !COUNTED)
 }
 
 impl Drop for Memory {
@@ -271,5 +294,24 @@ mod tests {
         assert!(memory.find(77).is_none());
         memory.free(index);
         assert!(!memory.take(index, 79), "free cells cannot be registered");
+    }
+
+    #[test]
+    fn who_left_a_count_is_named_once() {
+        let memory = Memory::of_our_own(1).unwrap();
+        for has_left_it in [true, false] {
+            let cell = memory.alloc().unwrap();
+            let index = memory.index_of(cell.addr()).unwrap();
+            assert!(memory.take(index, 77));
+            memory.note_count(index, 77, true);
+            cell.status.show(0);
+            assert_eq!((memory.disown(index), memory.find(77).is_some()), (None, true), "registered");
+            if !has_left_it {
+                memory.note_count(index, 77, false);
+            }
+            cell.status.show(UMCG_STATE_NONE);
+            assert_eq!(memory.disown(index), has_left_it.then_some(77));
+            assert_eq!((memory.disown(index), memory.free(index)), (None, None));
+        }
     }
 }

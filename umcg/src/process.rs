@@ -101,6 +101,7 @@ pub(crate) fn close_this(inner: &Arc<Inner>) -> Result<(), Errno> {
     CURRENT
         .compare_exchange(this, ptr::null_mut(), Ordering::SeqCst, Ordering::SeqCst)
         .map_err(|_| Errno::ENOENT)?;
+    inner.drop_left_counts();
     retire(this);
     Ok(())
 }

@@ -46,7 +46,7 @@ pub fn task_free(task: *mut umcg_task) {
         return;
     };
     if let Some(index) = inner.memory.index_of(task.addr() as u64) {
-        inner.memory.free(index);
+        inner.free(index);
     }
 }
 

@@ -15,7 +15,7 @@ use crate::shared_abi::{
     UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING, umcg_ctl_args,
 };
 use crate::sys;
-use crate::thread::{self, Loan, Thread};
+use crate::thread::{self, Loan, Registration, Thread};
 use crate::wait;
 
 /// `umcg_register` of the cell at `addr` in `inner`.
@@ -86,11 +86,9 @@ pub(crate) fn unregister(addr: u64) -> Result<(), Errno> {
         let _inside = thread.enter().ok_or(Errno::EBUSY)?;
         let me = thread.registration().filter(|me| me.task.addr() == addr).ok_or(Errno::EINVAL)?;
         let (index, tid) = (me.index, me.tid);
-        if me.inner.is_scheduled() {
-            me.inner.control(umcg_ctl_args { op: UMCG_CTL_UNREGISTER, ..umcg_ctl_args::default() })?;
-        } else {
-            me.inner.futex.unregister(me.inner, index)?;
-        }
+        // Whoever sees NONE may free the cell at once, and is not to take our count for one that was left.
+        me.inner.memory.note_count(index, tid, false);
+        retire(me).inspect_err(|_| me.inner.memory.note_count(index, tid, true))?;
         let (inner, loan) = thread.unregister();
         if let Some(loan) = loan {
             loan.give_back();
@@ -100,6 +98,14 @@ pub(crate) fn unregister(addr: u64) -> Result<(), Errno> {
         }
         Ok(())
     })
+}
+
+fn retire(me: Registration<'_>) -> Result<(), Errno> {
+    if !me.inner.is_scheduled() {
+        return me.inner.futex.unregister(me.inner, me.index);
+    }
+    let args = umcg_ctl_args { op: UMCG_CTL_UNREGISTER, ..umcg_ctl_args::default() };
+    me.inner.control(args).map(drop)
 }
 
 /// `umcg_kick` of a task of the calling thread's domain, or of the open one.

@@ -130,6 +130,7 @@ impl Thread {
         self.index.set(index);
         self.tid.set(tid);
         let task = ptr::from_ref(task);
+        inner.memory.note_count(index, tid, true);
         self.inner.set(Arc::into_raw(inner));
         self.task.set(task);
     }
@@ -142,8 +143,12 @@ impl Thread {
     pub(crate) fn unregister(&self) -> (Option<Arc<Inner>>, Option<Loan>) {
         self.task.set(ptr::null());
         let inner = self.inner.replace(ptr::null());
-        // SAFETY: the count that `register` turned into a pointer, which nobody else turns back: the cell is null now.
+        // SAFETY: the count that `register` turned into a pointer, which nobody else turns back: the cell is null now, and this
+        // thread lives.
         let inner = (!inner.is_null()).then(|| unsafe { Arc::from_raw(inner) });
+        if let Some(inner) = &inner {
+            inner.memory.note_count(self.index.get(), self.tid.get(), false);
+        }
         (inner, self.loan.take())
     }
 }
