@@ -17,6 +17,7 @@ mod userfault;
 mod blocking;
 mod bystanders;
 mod capture;
+mod endings;
 mod enqueue;
 mod first_run;
 mod handlers;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         blocking::TESTS,
         bystanders::TESTS,
         capture::TESTS,
+        endings::TESTS,
         enqueue::TESTS,
         first_run::TESTS,
         handlers::TESTS,
