@@ -34,6 +34,7 @@ mod registering;
 mod rseq;
 mod signals;
 mod sleepers;
+mod spawning;
 mod stopping;
 mod stress;
 mod timeouts;
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
         rseq::TESTS,
         signals::TESTS,
         sleepers::TESTS,
+        spawning::TESTS,
         stopping::TESTS,
         stress::TESTS,
         timeouts::TESTS,
