@@ -15,12 +15,12 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use umcg::raw::UMCG_WAIT_ENQUEUE;
+use umcg::raw::{UMCG_TF_PREEMPT, UMCG_WAIT_ENQUEUE};
 
 use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING};
 use crate::cast::{
-    List, Task, Worker, become_server, become_worker, retire, scaled, spawn, spawn_server, spawn_worker,
-    wait_until,
+    List, Task, Worker, become_server, become_worker, retire, scaled, sched_yield, spawn, spawn_server,
+    spawn_worker, spin_until, wait_until,
 };
 use crate::harness::{Loader, Test};
 use crate::scene::{assert_blocks_are_seen, assert_only, assert_state};
@@ -84,9 +84,12 @@ struct Program {
     fresh: Worker,
     waiting: Worker,
     captured: Worker,
+    /// By the flag, and by its own plain yield.
+    stopped: [Worker; 2],
     blocked: Worker,
     wake: UnixStream,
-    idle: Worker,
+    /// Without a timeout, and with one.
+    idle: [Worker; 2],
     serving: Worker,
 }
 
@@ -114,6 +117,16 @@ impl Program {
         assert_only(captured.task, &server.take(List::Blocked));
         end.write_all(&[0]).unwrap();
         server.await_runnable(captured.task);
+        let stopped = [preempt_myself, sched_yield].map(|stop| {
+            let worker = spawn_worker(server.tid(), move |_| {
+                stop();
+                step();
+            });
+            server.await_runnable(worker.task);
+            server.run(worker.task);
+            assert_only(worker.task, &server.take(List::Runnable));
+            worker
+        });
         let blocked = spawn_worker(server.tid(), move |_| {
             theirs.read_exact(&mut [0]).unwrap();
             step();
@@ -121,18 +134,28 @@ impl Program {
         server.await_runnable(blocked.task);
         server.run(blocked.task);
         assert_state(blocked.task, BLOCKED);
-        let (idle, serving) = (spawn_idle(), spawn_serving());
-        for task in [idle.task, serving.task] {
+        let (idle, serving) = ([0, AN_HOUR_NS].map(spawn_idle), spawn_serving());
+        for task in [idle[0].task, idle[1].task, serving.task] {
             wait_until("the servers wait", || task.state() == RUNNABLE);
         }
         assert_eq!(STEPS.load(SeqCst), 0);
-        Self { fresh, waiting, captured, blocked, wake, idle, serving }
+        Self { fresh, waiting, captured, stopped, blocked, wake, idle, serving }
     }
 }
 
-fn spawn_idle() -> Worker {
-    spawn_server(|task| {
-        assert_eq!(task.switch_to(0), 0);
+const AN_HOUR_NS: u64 = 3_600_000_000_000;
+
+fn preempt_myself() {
+    // SAFETY: structs of the domain live as long as the process; the caller is a task.
+    let me = unsafe { &*api::current().cast::<Task>() };
+    me.status.fetch_or(UMCG_TF_PREEMPT, SeqCst);
+    spin_until("it is preempted", || me.status.load(SeqCst) & UMCG_TF_PREEMPT == 0);
+}
+
+fn spawn_idle(timeout_ns: u64) -> Worker {
+    spawn_server(move |task| {
+        task.status.store(RUNNABLE, SeqCst);
+        assert_eq!(api::wait(timeout_ns, 0), 0);
         assert_state(task, RUNNING);
         assert_eq!(api::backend(), "futex");
     })
@@ -164,19 +187,21 @@ fn everything(end: fn(Loader)) {
     end(loader);
 
     await_futex();
-    for server in [program.idle, program.serving] {
+    for server in program.idle.into_iter().chain([program.serving]) {
         server.thread.join().unwrap();
     }
-    // The kernel let go of it, and then its thread ended: exclusivity is lost, but not the thread.
-    program.captured.thread.join().unwrap();
-    wait_until("it has counted", || STEPS.load(SeqCst) == 1);
+    // The kernel let go of them, and then their threads ended: exclusivity is lost, but not the threads.
+    for worker in program.stopped.into_iter().chain([program.captured]) {
+        worker.thread.join().unwrap();
+    }
+    assert_eq!(STEPS.load(SeqCst), 3);
     program.wake.write_all(&[0]).unwrap();
     program.blocked.thread.join().unwrap();
-    assert_eq!(STEPS.load(SeqCst), 2);
+    assert_eq!(STEPS.load(SeqCst), 4);
     assert_blocks_are_not_seen(server);
     // Those that wait are still waiting, and their server can still run them.
     server.take(List::Runnable);
-    for steps in 3..=12 {
+    for steps in 5..=14 {
         assert_state(program.waiting.task, RUNNABLE);
         server.run(program.waiting.task);
         assert_eq!(STEPS.load(SeqCst), steps);
@@ -184,7 +209,7 @@ fn everything(end: fn(Loader)) {
     program.waiting.thread.join().unwrap();
     server.run(program.fresh.task);
     program.fresh.thread.join().unwrap();
-    assert_eq!(STEPS.load(SeqCst), 13);
+    assert_eq!(STEPS.load(SeqCst), 15);
     // A newcomer is served as well.
     let late = spawn_worker(server.tid(), |task| assert_eq!(task.switch_to(0), 0));
     server.await_runnable(late.task);
