@@ -40,6 +40,7 @@ mod stress;
 mod timeouts;
 mod users;
 mod waiting;
+mod words;
 
 use std::process::ExitCode;
 
@@ -71,6 +72,7 @@ fn main() -> ExitCode {
         timeouts::TESTS,
         users::TESTS,
         waiting::TESTS,
+        words::TESTS,
     ]
     .concat();
     harness::main(&tests)

@@ -117,7 +117,7 @@ fn of_itself() {
 /// Long enough for many ticks; CPU time of the calling thread.
 const MANY_TICKS: Duration = Duration::from_millis(60);
 
-fn compute() {
+pub fn compute() {
     let cpu_time = || Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap());
     let start = cpu_time();
     while cpu_time() - start < MANY_TICKS {

@@ -22,7 +22,7 @@ use crate::cast::{
 };
 
 /// The kernel side's clock may lag behind the program's by as much as one adjustment of the clock.
-const CLOCK_ERROR_NS: u64 = 1_000_000;
+pub const CLOCK_ERROR_NS: u64 = 1_000_000;
 
 /// Worker's user code counts here; it stands still while the worker is not RUNNING.
 pub static STEPS: AtomicU64 = AtomicU64::new(0);
@@ -172,7 +172,7 @@ pub fn stand_still() -> bool {
     stood && STEPS.load(SeqCst) == before
 }
 
-fn monotonic_ns() -> u64 {
+pub fn monotonic_ns() -> u64 {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("every kernel has this clock");
     Duration::from(now).as_nanos().try_into().expect("584 years fit")
 }

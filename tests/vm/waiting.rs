@@ -13,7 +13,7 @@ use std::sync::mpsc;
 use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING};
 use crate::cast::{
     List, Task, Worker, become_server, nr_cpus, open, retire, spawn_server, spawn_worker, spin_until,
-    state_name, wait_until,
+    wait_until,
 };
 use crate::harness::Test;
 
@@ -28,6 +28,8 @@ pub const TESTS: &[Test] = &[
     Test::new("the_programs_own_status_bits_survive_a_switch", own_bits),
     Test::new("a_wait_of_a_server_that_fails_changes_nothing", server_errors),
     Test::new("a_wait_of_a_worker_that_fails_changes_nothing", worker_errors),
+    Test::new("of_several_errors_a_server_is_told_one_that_applies", server_combinations),
+    Test::new("of_several_errors_a_worker_is_told_one_that_applies", worker_combinations),
     Test::new("a_thread_that_is_no_task_cannot_wait", unregistered),
     Test::new("of_two_servers_one_gets_the_worker", two_servers).limit_s(300),
     Test::new("a_worker_that_marked_itself_can_be_picked", marked),
@@ -67,13 +69,54 @@ impl Words {
 
 /// Waits with `status` and `next`: it must fail with `errno`, show RUNNING, and change nothing of the `cast`.
 fn fails(me: &Task, status: u32, next: u32, flags: u32, errno: i32, cast: &[&Task]) {
-    me.next_tid.store(next, SeqCst);
-    me.status.store(status, SeqCst);
-    let others = || cast.iter().map(|task| Words::of(task)).collect::<Vec<_>>();
-    let before = (Words { status: RUNNING, ..Words::of(me) }, others());
-    let answer = api::wait(0, flags);
-    assert_eq!(answer, -errno, "with status {} and next {next}", state_name(status));
-    assert_eq!((Words::of(me), others()), before, "a wait that failed changed something");
+    Wrong { next, status, flags, timeout_ns: 0 }.assert_fails(me, &[errno], cast);
+}
+
+/// What a wait is called with.
+#[derive(Debug)]
+struct Wrong {
+    next: u32,
+    status: u32,
+    flags: u32,
+    timeout_ns: u64,
+}
+
+impl Wrong {
+    fn assert_fails(&self, me: &Task, errors: &[i32], cast: &[&Task]) {
+        me.next_tid.store(self.next, SeqCst);
+        me.status.store(self.status, SeqCst);
+        let others = || cast.iter().map(|task| Words::of(task)).collect::<Vec<_>>();
+        let before = (Words { status: RUNNING, ..Words::of(me) }, others());
+        let answer = api::wait(self.timeout_ns, self.flags);
+        let me = (Words::of(me), others());
+        assert!(errors.contains(&-answer), "{answer}, and not one of {errors:?}, with {self:?}");
+        assert_eq!(me, before, "a wait that failed changed something, with {self:?}");
+    }
+}
+
+/// All combinations of what is wrong, or not, with flags, status and next, and with more than that if so told: each with
+/// the errors that apply. Fewer than two are other tests' business.
+fn combinations(nexts: &[(u32, Option<i32>)], timeouts: &[(u64, Option<i32>)]) -> Vec<(Wrong, Vec<i32>)> {
+    const FLAGS: [(u32, Option<i32>); 3] =
+        [(0, None), (2, Some(libc::EINVAL)), (1 << 31 | 1, Some(libc::EINVAL))];
+    const STATES: [(u32, Option<i32>); 3] =
+        [(RUNNABLE, None), (BLOCKED, Some(libc::EINVAL)), (NONE, Some(libc::EINVAL))];
+
+    let mut all = Vec::new();
+    for &(next, of_next) in nexts {
+        for &(timeout_ns, of_timeout) in timeouts {
+            for (flags, of_flags) in FLAGS {
+                for (status, of_status) in STATES {
+                    let errors: Vec<_> =
+                        [of_next, of_timeout, of_flags, of_status].into_iter().flatten().collect();
+                    all.push((Wrong { next, status, flags, timeout_ns }, errors));
+                }
+            }
+        }
+    }
+    all.retain(|(_, errors)| errors.len() > 1);
+    assert!(all.len() > 20);
+    all
 }
 
 fn lists_are_empty(server: &Task) -> bool {
@@ -390,6 +433,80 @@ fn worker_errors() {
     me.run(sleeper.task);
     sleeper.thread.join().unwrap();
     retire(me);
+}
+
+/// A worker that is BLOCKED, and another server, for all of whom it is an error to be named.
+fn with_the_wrong_ones(test: impl FnOnce(&'static Task, &'static Task, [&'static Task; 4])) {
+    let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+    open(8);
+    let me = become_server();
+    let sleeper = spawn_worker(me.tid(), move |_| theirs.read_exact(&mut [0]).unwrap());
+    me.await_runnable(sleeper.task);
+    run_into_block(me, sleeper.task);
+    let other = OtherServer::start();
+    test(me, sleeper.task, [sleeper.task, other.server.task, other.busy, other.idle]);
+    assert!(lists_are_empty(me));
+    other.end();
+    ours.write_all(&[0]).unwrap();
+    me.await_runnable(sleeper.task);
+    me.run(sleeper.task);
+    sleeper.thread.join().unwrap();
+    retire(me);
+}
+
+fn server_combinations() {
+    with_the_wrong_ones(|me, sleeper, cast| {
+        let [_, other, busy, idle] = cast.map(Task::tid);
+        let nexts = [
+            (0, None),
+            (NO_TID, Some(libc::ESRCH)),
+            (sleeper.tid(), Some(libc::EBUSY)),
+            (other, Some(libc::EBUSY)),
+            (idle, Some(libc::EINVAL)),
+        ];
+        let mut all = combinations(&nexts, &[(0, None), (1, None)]);
+        // Neither RUNNABLE nor the caller's.
+        for timeout_ns in [0, 1] {
+            let wrong = Wrong { next: busy, status: RUNNABLE, flags: 0, timeout_ns };
+            all.push((wrong, vec![libc::EBUSY, libc::EINVAL]));
+        }
+        for (wrong, errors) in all {
+            wrong.assert_fails(me, &errors, &cast);
+        }
+    });
+}
+
+fn worker_combinations() {
+    with_the_wrong_ones(|me, sleeper, [_, other, busy, idle]| {
+        let host = me.tid();
+        let worker = spawn_worker(host, move |task| {
+            let cast = [me, sleeper, other, busy, idle];
+            let nexts = [
+                (0, None),
+                (host, None),
+                (NO_TID, Some(libc::ESRCH)),
+                (task.tid(), Some(libc::EINVAL)),
+                (sleeper.tid(), Some(libc::EBUSY)),
+                (idle.tid(), Some(libc::EINVAL)),
+            ];
+            for (wrong, errors) in combinations(&nexts, &[(0, None), (1, Some(libc::ERANGE))]) {
+                wrong.assert_fails(task, &errors, &cast);
+            }
+            // Its server is gone, too.
+            task.server_tid.store(NO_TID, SeqCst);
+            for (next, of_next) in nexts {
+                let wrong =
+                    Wrong { next, status: RUNNABLE, flags: umcg::raw::UMCG_WAIT_ENQUEUE, timeout_ns: 0 };
+                let errors: Vec<_> = of_next.into_iter().chain([libc::ESRCH]).collect();
+                wrong.assert_fails(task, &errors, &cast);
+            }
+            task.server_tid.store(host, SeqCst);
+        });
+        me.await_runnable(worker.task);
+        me.run(worker.task);
+        assert_eq!(worker.task.state(), NONE);
+        worker.thread.join().unwrap();
+    });
 }
 
 fn unregistered() {
