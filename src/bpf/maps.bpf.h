@@ -36,7 +36,7 @@ struct umcg_slot {
 	struct task_struct __kptr *task; /* set by registration, taken by retire() */
 	struct bpf_timer timer; /* of umcg_wait(): see timeout.bpf.h */
 	u64 deadline_ns; /* CLOCK_MONOTONIC of the wait in progress, 0 for none; under the lock */
-	u64 seen_signals; /* of the process, that the sweep has let this task go for; the sweep's own */
+	u64 seen_signals; /* of the process, that the sweep has let this task go for; a lost update costs another time */
 	u32 custody;	 /* enum umcg_custody; atomics of hold.bpf.h only */
 	u32 state;	 /* enum umcg_state; written under the domain's lock */
 	u32 host;	 /* slot of the server that serves this ACTIVE worker, else 0; under the lock */

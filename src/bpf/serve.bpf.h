@@ -107,6 +107,7 @@ static __always_inline void lock_with_host(struct umcg_domain *domain, const str
 static __always_inline void stop(struct umcg_ref *task, u32 state)
 {
 	set_state(task->slot, state);
+	task->slot->seen_signals = 0; /* of another time */
 	custody_hold(&task->slot->custody);
 }
 

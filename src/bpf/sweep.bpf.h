@@ -85,17 +85,27 @@ static __always_inline void need_sweep(void)
 #define JOBCTL_PENDING (1UL << 17 | 1UL << 19 | 1UL << 20 | 1UL << 23)
 
 /*
- * The kernel chose one thread for a signal of the process and marked it in a flag whose place differs between
- * kernels. So every thread that may take the signal is let go, once; whom it was for takes it, the others come back.
+ * Anything that the task would do in the kernel, if it ran. The kernel chose one thread for a signal of the process and marked it in
+ * a flag whose place differs between kernels: so every one that may take it counts, unless the signal was @seen.
  */
-static __always_inline bool wanted_by_kernel(struct umcg_slot *slot, struct task_struct *p)
+static __always_inline bool wanted_by_kernel(const struct task_struct *p, u64 seen)
 {
 	u64 deliverable = ~p->blocked.sig[0];
-	u64 shared = p->signal->shared_pending.signal.sig[0] & deliverable;
-	bool is_new = shared & ~slot->seen_signals;
+	u64 shared = p->signal->shared_pending.signal.sig[0] & ~seen;
 
-	slot->seen_signals = shared;
-	return is_new || p->pending.signal.sig[0] & deliverable || p->jobctl & JOBCTL_PENDING;
+	return (shared | p->pending.signal.sig[0]) & deliverable || p->jobctl & JOBCTL_PENDING;
+}
+
+/*
+ * For a signal of the process each task is let go once: whom it was for takes it, the others come back. The same number may come
+ * again while nobody looks, and then it seems to have been seen; so a server, whose handlers run at once, is let go every period.
+ */
+static __always_inline bool is_to_be_let_go(struct umcg_slot *slot, const struct task_struct *p, u32 periods)
+{
+	u64 seen = slot->is_server && periods ? 0 : slot->seen_signals;
+
+	slot->seen_signals = p->signal->shared_pending.signal.sig[0];
+	return task_is_dying(p) || wanted_by_kernel(p, seen);
 }
 
 /* The timer of a wait could not be started: the kernel may need memory for that. Its callback looks whether it is time. */
@@ -108,7 +118,7 @@ static __always_inline void sweep_timeout(struct umcg_slot *slot, u64 now_ns)
 /* @periods that have ended with this round: 0 or 1, as in all below. */
 static __always_inline void sweep_parked(struct umcg_slot *slot, u32 nr, struct task_struct *p, u32 periods)
 {
-	if (task_is_dying(p) || wanted_by_kernel(slot, p)) {
+	if (is_to_be_let_go(slot, p, periods)) {
 		if (custody_release(&slot->custody)) {
 			STAT_INC(signal_releases);
 			queue_slot(nr);

@@ -84,6 +84,8 @@ s32 BPF_STRUCT_OPS(umcg_select_cpu, struct task_struct *p, s32 prev_cpu, u64 wak
 static __always_inline bool hold_registered(struct task_struct *p, struct umcg_slot *slot)
 {
 	slot->periods = 0;
+	if (slot->seen_signals) /* may have been taken since */
+		slot->seen_signals &= p->signal->shared_pending.signal.sig[0];
 	if (!custody_park(&slot->custody))
 		return false;
 	/* Pairs with the signal code, which marks it dying and then starts the sweep, which looks for parked

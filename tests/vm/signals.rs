@@ -417,6 +417,11 @@ fn process_server() {
         assert_eq!(HANDLED_BY.load(SeqCst), idle.task.tid());
         assert!(stand_still());
     }
+    // The next one before anybody can have seen that the last one was taken.
+    for times in 21..=500 {
+        send_to_process();
+        await_handled(times);
+    }
     assert_eq!(STEPS.load(SeqCst), 0);
     assert_eq!(api::kick(idle.task.tid(), 0), 0);
     idle.thread.join().unwrap();
