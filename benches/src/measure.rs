@@ -15,6 +15,7 @@ use umcg::Domain;
 
 use crate::clock::Samples;
 use crate::crowd::Crowd;
+use crate::peers::Gate;
 use crate::schedulers::{Loader, Mode, Peer, check_kernel, program_name};
 use crate::{ours, peers};
 
@@ -109,6 +110,7 @@ struct Known {
     pairs: Peers,
     block: Peers,
     wake: Peers,
+    wake_futex: Peers,
     /// By who schedules: a bystander's system call, and there and back over two pipes.
     calls: Peers,
     pipes: Peers,
@@ -120,14 +122,16 @@ struct Switches {
     switch: Samples,
     block: Samples,
     wake: Samples,
+    wake_futex: Samples,
 }
 
 impl Switches {
     fn measure(domain: &Domain, rounds: u32) -> Result<Self> {
         let serve = ours::serve(domain, rounds)?;
         let switch = ours::switch(domain, rounds)?;
-        let ours::Blocking { block, wake } = ours::blocking(domain, rounds)?;
-        Ok(Self { serve, switch, block, wake })
+        let ours::Blocking { block, wake } = ours::blocking(domain, rounds, &Gate::pipe()?)?;
+        let wake_futex = ours::blocking(domain, rounds, &Gate::futex()?)?.wake;
+        Ok(Self { serve, switch, block, wake, wake_futex })
     }
 }
 
@@ -156,7 +160,8 @@ impl Bench<'_> {
         self.note(&mut known.pairs, "eventfd", &peers::eventfd_pair(rounds)?);
         self.note(&mut known.pairs, "pipe", &peers::pipe_pair(rounds)?);
         self.note(&mut known.block, "switch", &peers::block_to_other_thread(rounds)?);
-        self.note(&mut known.wake, "wake-up", &peers::wake_up(rounds)?);
+        self.note(&mut known.wake, "wake-up", &peers::wake_up(rounds, Gate::pipe)?);
+        self.note(&mut known.wake_futex, "wake-up", &peers::wake_up(rounds, Gate::futex)?);
         self.bystander(&mut known, "none")?;
         self.beside("empty-partial", &mut known, |object| Peer::empty(object, Mode::Partial))?;
         self.beside("empty", &mut known, |object| Peer::empty(object, Mode::Full))?;
@@ -211,6 +216,7 @@ impl Bench<'_> {
         self.add(&format!("switch{suffix}"), 3, &switches.switch, known.pairs.clone());
         self.add(&format!("block{suffix}"), 2, &switches.block, known.block.clone());
         self.add(&format!("wake{suffix}"), 2, &switches.wake, known.wake.clone());
+        self.add(&format!("wake-futex{suffix}"), 2, &switches.wake_futex, known.wake_futex.clone());
         if mode == Mode::Partial {
             return Ok(()); // the rest does not depend on it
         }
@@ -240,6 +246,7 @@ impl Bench<'_> {
             ("switch", switches.switch),
             ("block", switches.block),
             ("wake", switches.wake),
+            ("wake-futex", switches.wake_futex),
         ] {
             let spread = if domains > 1 { format!("-{domains}-domains") } else { String::new() };
             let peers = alone.get(op).map(|&figure| ("alone".to_owned(), figure)).into_iter().collect();
@@ -273,10 +280,15 @@ impl Bench<'_> {
         fs::write("/proc/sys/kernel/bpf_stats_enabled", "1")?;
         let loader = Loader::start(&self.options.loader, Mode::Full, 16384, 64)?;
         let domain = ours::open(&loader.socket, 16)?;
-        let kinds: [(&str, Operation); 3] = [
+        let kinds: [(&str, Operation); 4] = [
             ("serve", |domain, rounds| ours::serve(domain, rounds).map(drop)),
             ("switch", |domain, rounds| ours::switch(domain, rounds).map(drop)),
-            ("block and wake", |domain, rounds| ours::blocking(domain, rounds).map(drop)),
+            ("block in a pipe and wake", |domain, rounds| {
+                ours::blocking(domain, rounds, &Gate::pipe()?).map(drop)
+            }),
+            ("block in a futex and wake", |domain, rounds| {
+                ours::blocking(domain, rounds, &Gate::futex()?).map(drop)
+            }),
         ];
         for (name, operation) in kinds {
             let before = loader.program_runs()?;

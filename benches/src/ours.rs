@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! UMCG's operations, between a server and its workers on one CPU.
 
-use std::io::{Read, Write, pipe};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::thread;
@@ -10,6 +9,7 @@ use anyhow::{Result, ensure};
 use umcg::{Backend, Domain, OpenOptions, Server, State, Tid};
 
 use crate::clock::{Samples, now};
+use crate::peers::Gate;
 
 /// A domain for `tasks` tasks, of the loader at `socket`.
 pub(crate) fn open(socket: &Path, tasks: u32) -> Result<Domain> {
@@ -83,24 +83,23 @@ pub(crate) fn switch(domain: &Domain, rounds: u32) -> Result<Samples> {
 
 /// What blocking costs.
 pub(crate) struct Blocking {
-    /// From before a worker's `read(2)` that blocks to its server's next user instruction.
+    /// From before the system call in which a worker blocks to its server's next user instruction.
     pub(crate) block: Samples,
-    /// From before the server's `write(2)`, which ends that, to the worker's next user instruction: the worker wakes, is
+    /// From before the server's system call that ends that, to the worker's next user instruction: the worker wakes, is
     /// captured, and its server runs it again.
     pub(crate) wake: Samples,
 }
 
-pub(crate) fn blocking(domain: &Domain, rounds: u32) -> Result<Blocking> {
+pub(crate) fn blocking(domain: &Domain, rounds: u32, gate: &Gate) -> Result<Blocking> {
     let server = domain.register_server()?;
     let me = Tid::current();
-    let (mut reader, mut writer) = pipe()?;
     let (blocking_at, woken_at) = (AtomicU64::new(0), AtomicU64::new(0));
     thread::scope(|scope| {
         let worker = scope.spawn(|| {
             let _worker = domain.register_worker(me)?;
             for _ in 0..rounds {
                 blocking_at.store(now(), SeqCst);
-                reader.read_exact(&mut [0])?;
+                gate.pass()?;
                 woken_at.store(now(), SeqCst);
             }
             anyhow::Ok(())
@@ -116,13 +115,13 @@ pub(crate) fn blocking(domain: &Domain, rounds: u32) -> Result<Blocking> {
                 domain.task(tid).is_some_and(|worker| worker.state() == State::Blocked),
                 "it did not block"
             );
-            let written_at = now();
-            writer.write_all(b"x")?;
+            let opened_at = now();
+            gate.open()?;
             let captured = await_runnable(&server)?;
             ensure!(captured == tid, "somebody else came");
             run(&server, tid)?; // until it blocks again
             if round > 0 {
-                blocking.wake.add(written_at, woken_at.load(SeqCst));
+                blocking.wake.add(opened_at, woken_at.load(SeqCst));
             }
         }
         worker.join().expect("it does not panic")?;

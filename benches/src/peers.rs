@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! What a program can do today without UMCG, between two threads on one CPU.
 
-use std::io::{Read, Write, pipe};
+use std::io::{PipeReader, PipeWriter, Read, Write, pipe};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::thread::{self, yield_now};
 
@@ -10,6 +10,43 @@ use nix::sys::eventfd::EventFd;
 
 use crate::clock::{Samples, now};
 use crate::schedulers::Floor;
+
+/// What a thread sleeps at until another opens it, for one.
+pub(crate) enum Gate {
+    Pipe(PipeReader, PipeWriter),
+    Futex(AtomicU32),
+}
+
+impl Gate {
+    pub(crate) fn pipe() -> Result<Self> {
+        let (reader, writer) = pipe()?;
+        Ok(Self::Pipe(reader, writer))
+    }
+
+    pub(crate) fn futex() -> Result<Self> {
+        Ok(Self::Futex(AtomicU32::new(0)))
+    }
+
+    pub(crate) fn pass(&self) -> Result<()> {
+        match self {
+            Self::Pipe(reader, _) => {
+                let mut reader = reader;
+                Ok(reader.read_exact(&mut [0])?)
+            }
+            Self::Futex(word) => take(word),
+        }
+    }
+
+    pub(crate) fn open(&self) -> Result<()> {
+        match self {
+            Self::Pipe(_, writer) => {
+                let mut writer = writer;
+                Ok(writer.write_all(b"x")?)
+            }
+            Self::Futex(word) => post(word),
+        }
+    }
+}
 
 /// There and back: `sched_yield(2)` alone, which switches because nobody else is there.
 pub(crate) fn yield_pair(rounds: u32) -> Result<Samples> {
@@ -65,8 +102,7 @@ pub(crate) fn floor_pair(floor: &Floor<'_>, rounds: u32) -> Result<Samples> {
 
 /// There and back: wake the other one, and sleep until it wakes us.
 pub(crate) fn futex_pair(rounds: u32) -> Result<Samples> {
-    let words = [AtomicU32::new(0), AtomicU32::new(0)];
-    ping_pong(rounds, || post(&words[0]), || take(&words[1]), || take(&words[0]), || post(&words[1]))
+    gate_pair(rounds, Gate::futex)
 }
 
 pub(crate) fn eventfd_pair(rounds: u32) -> Result<Samples> {
@@ -81,14 +117,12 @@ pub(crate) fn eventfd_pair(rounds: u32) -> Result<Samples> {
 }
 
 pub(crate) fn pipe_pair(rounds: u32) -> Result<Samples> {
-    let (there, back) = (pipe()?, pipe()?);
-    ping_pong(
-        rounds,
-        || Ok((&there.1).write_all(b"x")?),
-        || Ok((&back.0).read_exact(&mut [0])?),
-        || Ok((&there.0).read_exact(&mut [0])?),
-        || Ok((&back.1).write_all(b"x")?),
-    )
+    gate_pair(rounds, Gate::pipe)
+}
+
+fn gate_pair(rounds: u32, gate: impl Fn() -> Result<Gate>) -> Result<Samples> {
+    let (there, back) = (gate()?, gate()?);
+    ping_pong(rounds, || there.open(), || back.pass(), || there.pass(), || back.open())
 }
 
 /// From before a `read(2)` that blocks to the next user instruction of the thread that was waiting for the CPU.
@@ -118,26 +152,26 @@ pub(crate) fn block_to_other_thread(rounds: u32) -> Result<Samples> {
     })
 }
 
-/// From before the `write(2)` that wakes a reader, by a thread that sleeps next, to the reader's next user instruction.
-pub(crate) fn wake_up(rounds: u32) -> Result<Samples> {
-    let ((mut there, mut to), (mut back, mut from)) = (pipe()?, pipe()?);
-    let written_at = AtomicU64::new(0);
+/// From before a gate is opened, by a thread that sleeps next, to the next user instruction of the one that passes.
+pub(crate) fn wake_up(rounds: u32, gate: impl Fn() -> Result<Gate>) -> Result<Samples> {
+    let (there, back) = (gate()?, gate()?);
+    let opened_at = AtomicU64::new(0);
     thread::scope(|scope| {
         let woken = scope.spawn(|| {
             let mut samples = Samples::default();
             for _ in 0..rounds {
-                there.read_exact(&mut [0])?;
-                samples.add(written_at.load(SeqCst), now());
-                from.write_all(b"x")?;
+                there.pass()?;
+                samples.add(opened_at.load(SeqCst), now());
+                back.open()?;
             }
-            std::io::Result::Ok(samples)
+            anyhow::Ok(samples)
         });
         for _ in 0..rounds {
-            written_at.store(now(), SeqCst);
-            to.write_all(b"x")?;
-            back.read_exact(&mut [0])?;
+            opened_at.store(now(), SeqCst);
+            there.open()?;
+            back.pass()?;
         }
-        Ok(woken.join().expect("it does not panic")?)
+        woken.join().expect("it does not panic")
     })
 }
 

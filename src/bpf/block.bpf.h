@@ -4,11 +4,16 @@
  *
  * RUNNING becomes BLOCKED, and the host is started by the ops.dispatch of the same schedule(). A task that
  * is not RUNNING stays what it is; that it sleeps is noted, because whoever runs it then must see it BLOCKED.
+ *
+ * Some sleeps end where the task wakes, others at the boundary to user code only (see capture.bpf.h). Which of the two, the kernel
+ * says itself: who sleeps TASK_INTERRUPTIBLE | TASK_FREEZABLE may be frozen in place for as long as the machine is suspended, so it
+ * holds nothing that anybody could wait for (lockdep looks at that). The others that it freezes in place hold locks, and are
+ * TASK_KILLABLE.
  */
 #ifndef UMCG_BLOCK_BPF_H
 #define UMCG_BLOCK_BPF_H
 
-#include "serve.bpf.h"
+#include "capture.bpf.h"
 
 /* Under the lock. */
 static __always_inline bool worker_blocks(struct umcg_ref *self, struct umcg_ref *host, u64 now_ns,
@@ -26,7 +31,15 @@ static __always_inline bool worker_blocks(struct umcg_ref *self, struct umcg_ref
 	return true;
 }
 
-static __always_inline void task_sleeps(struct umcg_slot *slot, struct umcg_cpu_ctx *cctx)
+/* From the kernel's linux/sched.h. */
+#define TASK_INTERRUPTIBLE_FREEZABLE (0x0001 | 0x2000)
+
+static __always_inline bool sleeps_without_locks(const struct task_struct *p)
+{
+	return (p->__state & TASK_INTERRUPTIBLE_FREEZABLE) == TASK_INTERRUPTIBLE_FREEZABLE;
+}
+
+static __always_inline void task_sleeps(struct task_struct *p, struct umcg_slot *slot, struct umcg_cpu_ctx *cctx)
 {
 	struct umcg_released released = {};
 	struct umcg_ref self, host;
@@ -48,8 +61,11 @@ static __always_inline void task_sleeps(struct umcg_slot *slot, struct umcg_cpu_
 
 	/* A held task that sleeps does so deep in the kernel, perhaps with locks: it is held again at the boundary. */
 	custody_unhold(&self.slot->custody);
-	if (blocked)
+	if (blocked) {
 		STAT_INC(blocks);
+		if (sleeps_without_locks(p))
+			note_stop_at_wakeup(p);
+	}
 	run_released_next(cctx, &released);
 }
 

@@ -13,6 +13,10 @@
  * Until Linux 6.18 the tracepoint also fires inside the delivery of a signal, which goes on to touch the
  * user's stack: stopping there would mean stopping with mm locks held. signal_deliver announces that one.
  *
+ * Who is known to have slept without locks (block.bpf.h) need not get that far: ops.enqueue captures it as it wakes, and spares
+ * a switch to it and back. It is still inside its system call then, which it finishes once it is run. If anything of the kernel's
+ * waits for it, a signal for instance, it takes the long way.
+ *
  * The same road takes a held worker that was let go for a signal, or slept, back to where it may be held.
  *
  * And it preempts: a RUNNING worker with UMCG_TF_PREEMPT stops where it is about to return to user code, or where
@@ -27,6 +31,20 @@
 extern struct pt_regs *__irq_regs __ksym;
 
 #define SIGKILL_BIT (1ULL << (9 - 1))
+
+/*
+ * A note in a task that sleeps: its time slice, which it does not need now and gets when it is inserted, is one that nobody else has.
+ * Spares ops.select_cpu a look into the storage of every task that wakes.
+ */
+static __always_inline void note_stop_at_wakeup(struct task_struct *p)
+{
+	scx_bpf_task_set_slice(p, SCX_SLICE_INF);
+}
+
+static __always_inline bool stops_at_wakeup(const struct task_struct *p)
+{
+	return p->scx.slice == SCX_SLICE_INF;
+}
 
 /* Its way leads to do_exit(): never hold it. Every thread of a process that dies has SIGKILL pending. */
 static __always_inline bool task_is_dying(const struct task_struct *p)

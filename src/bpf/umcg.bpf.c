@@ -18,6 +18,8 @@
  *				ops.dispatch	W RUNNABLE, on S's list; S told
  *				ops.enqueue(W)	parks W
  *
+ * A worker that slept without locks (in a futex, say) stops as it wakes, and has the last three lines in one ops.enqueue(W).
+ *
  * The rooms, each of which includes what it needs: atomic, hold, list, state are pure algorithms and are
  * also built natively for the model checker; maps says where everything lives and what the lock covers; serve
  * has the steps that wait, timeout, block, capture, register and retire are made of; control is the program that clients
@@ -77,6 +79,8 @@ bool BPF_STRUCT_OPS(umcg_yield, struct task_struct *from, struct task_struct *to
 
 s32 BPF_STRUCT_OPS(umcg_select_cpu, struct task_struct *p, s32 prev_cpu, u64 wake_flags)
 {
+	if (stops_at_wakeup(p))
+		return prev_cpu; /* it needs none */
 	return policy_select_cpu(p, prev_cpu, wake_flags);
 }
 
@@ -95,12 +99,11 @@ static __always_inline bool hold_registered(struct task_struct *p, struct umcg_s
 	return true;
 }
 
-static __always_inline void capture_unasked(struct task_struct *p, struct umcg_slot *slot, struct umcg_cpu_ctx *cctx)
+static __always_inline void capture_queued(struct task_struct *p, struct umcg_slot *slot, u32 nr)
 {
 	struct umcg_released released = {};
 
-	cctx->at_boundary = false;
-	capture(p, slot, cctx->current, &released);
+	capture(p, slot, nr, &released);
 	queue_released(&released);
 }
 
@@ -108,14 +111,26 @@ void BPF_STRUCT_OPS(umcg_enqueue, struct task_struct *p, u64 enq_flags)
 {
 	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
 	struct umcg_slot *slot = slot_of_current(cctx, p);
+	bool stops;
+	u32 nr;
 
 	if (!cctx)
 		return;
-	if (slot && cctx->at_boundary) /* ops.dispatch was not asked: the local queue had a task */
-		capture_unasked(p, slot, cctx);
+	nr = cctx->current;
+	stops = slot && cctx->at_boundary; /* ops.dispatch was not asked: the local queue had a task */
+	if (stops)
+		cctx->at_boundary = false;
+	if (!slot) { /* it wakes, or is handed back */
+		nr = slot_of(p);
+		slot = slot_at(nr);
+	}
+	if (slot && stops_at_wakeup(p)) {
+		stops = !wanted_by_kernel(p, 0);
+		enq_flags &= ~SCX_ENQ_WAKEUP; /* no CPU was chosen for it */
+	}
+	if (slot && stops)
+		capture_queued(p, slot, nr);
 	queue_unasked_next(cctx);
-	if (!slot) /* it wakes, or is handed back */
-		slot = slot_at(slot_of(p));
 	if (slot && hold_registered(p, slot))
 		return;
 	policy_enqueue(p, enq_flags);
@@ -256,7 +271,7 @@ void BPF_STRUCT_OPS(umcg_quiescent, struct task_struct *p, u64 deq_flags)
 		return; /* a property changes: it is enqueued again in a moment */
 	slot = slot_of_current(cctx, p);
 	if (slot)
-		task_sleeps(slot, cctx);
+		task_sleeps(p, slot, cctx);
 }
 
 void BPF_STRUCT_OPS(umcg_enable, struct task_struct *p)

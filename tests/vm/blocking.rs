@@ -21,7 +21,7 @@ use nix::sched::sched_getcpu;
 use crate::api::{BLOCKED, NONE};
 use crate::cast::{List, Task, become_server, nr_cpus, open, retire, spawn_worker};
 use crate::harness::{Counters, Test};
-use crate::scene::{STEPS, Scene, assert_only, assert_state, assert_was_captured, stand_still};
+use crate::scene::{STEPS, Scene, assert_only, assert_state, assert_was_captured, run_to_end, stand_still};
 use crate::userfault::Userfault;
 
 pub const TESTS: &[Test] = &[
@@ -37,6 +37,8 @@ pub const TESTS: &[Test] = &[
     Test::new("blocking_in_fsync_is_reported_and_captured", fsync),
     Test::new("blocking_on_a_mutex_that_a_sleeping_thread_holds", mutex_of_a_thread),
     Test::new("blocking_on_a_mutex_that_a_sleeping_worker_holds", mutex_of_a_worker),
+    Test::new("a_worker_that_slept_without_locks_stops_as_it_wakes", stops_at_wakeup),
+    Test::new("a_worker_that_may_have_locks_stops_before_user_code", stops_at_boundary),
     Test::new("the_host_of_a_worker_that_blocks_goes_on_on_its_cpu", same_cpu),
     Test::new("calls_that_do_not_sleep_are_not_reported", no_sleep),
 ];
@@ -268,6 +270,53 @@ fn write_from(page: &Userfault, writer: &impl AsRawFd) {
     // SAFETY: one byte of a page that is mapped for ever; the kernel only reads it.
     let result = unsafe { libc::write(writer.as_raw_fd(), page.address().cast(), 1) };
     assert_eq!(Errno::result(result), Ok(1));
+}
+
+/// Where in the kernel a worker stops that sleeps in `sleep` until `wake`.
+fn stack_of_captured(
+    server: &'static Task,
+    sleep: impl FnOnce() + Send + 'static,
+    wake: impl FnOnce(),
+) -> String {
+    let worker = spawn_worker(server.tid(), |_| sleep());
+    server.await_runnable(worker.task);
+    server.run(worker.task);
+    assert_only(worker.task, &server.take(List::Blocked));
+    wake();
+    server.await_runnable(worker.task);
+    assert_was_captured(worker.task);
+    assert!(stand_still()); // and it has left its CPU
+    let stack = std::fs::read_to_string(format!("/proc/self/task/{}/stack", worker.task.tid())).unwrap();
+    run_to_end(server, worker);
+    stack
+}
+
+fn stops_at_wakeup() {
+    static WORD: AtomicU32 = AtomicU32::new(0);
+    open(4);
+    let server = become_server();
+    let stack = stack_of_captured(server, || sleep(Duration::from_millis(50)), || ());
+    assert!(stack.contains("nanosleep"), "{stack}");
+    let wake = || {
+        WORD.store(1, SeqCst);
+        futex_call(&WORD, libc::FUTEX_WAKE, 1);
+    };
+    let stack = stack_of_captured(server, || futex_call(&WORD, libc::FUTEX_WAIT, 0), wake);
+    assert!(stack.contains("futex_wait"), "{stack}");
+    retire(server);
+}
+
+fn stops_at_boundary() {
+    open(4);
+    let server = become_server();
+    let (mut reader, mut writer) = pipe().unwrap();
+    let stack = stack_of_captured(
+        server,
+        move || reader.read_exact(&mut [0]).unwrap(),
+        || writer.write_all(&[0]).unwrap(),
+    );
+    assert!(!stack.is_empty() && !stack.contains("pipe_read"), "{stack}");
+    retire(server);
 }
 
 /// FUTEX_WAIT or FUTEX_WAKE; "the word has changed" is as good as woken.
