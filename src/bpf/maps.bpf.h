@@ -77,9 +77,10 @@ struct umcg_cpu_ctx {
 	u32 next;	 /* slot that ops.dispatch is to run next */
 	u32 handed_over; /* slot of the task about to run, if it got this CPU from a registered one, else 0 */
 	bool at_boundary; /* the task that runs is about to return to user code, and is to stop there */
-	u64 burst_start_ns; /* scx_bpf_now() when a task last got this CPU otherwise */
+	u64 burst_start_ns; /* scx_bpf_now() when a registered task last got this CPU otherwise */
 	u64 burst_jiffies;  /* when that was last compared with the clock */
-	u64 exec_start;	 /* ns: sum_exec_runtime of the running task when it was put on this CPU */
+	u64 exec_start;	 /* ns: sum_exec_runtime of the task below when it was put on this CPU */
+	s32 counted;	 /* pid of the task that has not paid yet for its time on this CPU, else 0 */
 };
 
 /* Clang describes a type that only a nested map names by a mere forward declaration, unless a variable has it. */

@@ -85,26 +85,39 @@ static __always_inline bool burst_is_over(struct umcg_cpu_ctx *cctx)
 
 static __always_inline void policy_running(struct task_struct *p, struct umcg_cpu_ctx *cctx)
 {
-	cctx->exec_start = p->se.sum_exec_runtime;
-	if (!cctx->handed_over)
-		cctx->burst_start_ns = scx_bpf_now();
-	cctx->handed_over = 0;
+	if (cctx->counted != p->pid) { /* else another class had the CPU meanwhile */
+		cctx->counted = p->pid;
+		cctx->exec_start = p->se.sum_exec_runtime;
+	}
 	if (vtime_before(vtime_now, p->scx.dsq_vtime))
 		vtime_now = p->scx.dsq_vtime;
 }
 
-static __always_inline void policy_stopping(struct task_struct *p)
+/*
+ * @p pays for the CPU time that it has had, and for @running_ns that the core has not added up yet. To be called wherever it stops and
+ * may be queued next. That is what ops.stopping is for, which costs as much again as all that is done there.
+ */
+static __always_inline void policy_charge(struct task_struct *p, struct umcg_cpu_ctx *cctx, u64 running_ns)
 {
-	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
 	u64 used_ns, vtime;
 
-	if (!cctx)
-		return;
-	used_ns = p->se.sum_exec_runtime - cctx->exec_start;
+	if (cctx->counted != p->pid)
+		return; /* it has not run, or has paid */
+	cctx->counted = 0;
+	used_ns = p->se.sum_exec_runtime - cctx->exec_start + running_ns;
 	vtime = p->scx.dsq_vtime + used_ns * WEIGHT_DEFAULT / p->scx.weight;
 	if (vtime_before(vtime_now + MAX_SLICES_AHEAD * slice_ns, vtime))
 		vtime = vtime_now + MAX_SLICES_AHEAD * slice_ns;
 	scx_bpf_task_set_dsq_vtime(p, vtime);
+}
+
+/* As the task that runs goes to sleep: what it has had of this CPU since the core looked last. */
+static __always_inline u64 running_ns(const struct task_struct *p)
+{
+	const struct rq *rq = bpf_this_cpu_ptr(&runqueues);
+	s64 ns = rq->clock_task - p->se.exec_start;
+
+	return ns > 0 ? ns : 0;
 }
 
 #endif /* UMCG_POLICY_BPF_H */

@@ -116,6 +116,7 @@ void BPF_STRUCT_OPS(umcg_enqueue, struct task_struct *p, u64 enq_flags)
 
 	if (!cctx)
 		return;
+	policy_charge(p, cctx, 0);
 	nr = cctx->current;
 	stops = slot && cctx->at_boundary; /* ops.dispatch was not asked: the local queue had a task */
 	if (stops)
@@ -245,10 +246,13 @@ void BPF_STRUCT_OPS(umcg_running, struct task_struct *p)
 		return;
 	queue_unasked_next(cctx);
 	nr = cctx->handed_over;
+	cctx->handed_over = 0;
 	slot = slot_if_of(nr, p);
 	if (!slot) {
 		nr = slot_of(p);
 		slot = slot_at(nr);
+		if (slot)
+			cctx->burst_start_ns = scx_bpf_now();
 	}
 	cctx->current = nr;
 	cctx->at_boundary = false;
@@ -257,18 +261,14 @@ void BPF_STRUCT_OPS(umcg_running, struct task_struct *p)
 		guard_held(p, slot);
 }
 
-void BPF_STRUCT_OPS(umcg_stopping, struct task_struct *p, bool runnable)
-{
-	policy_stopping(p);
-}
-
 void BPF_STRUCT_OPS(umcg_quiescent, struct task_struct *p, u64 deq_flags)
 {
 	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
 	struct umcg_slot *slot;
 
-	if (!(deq_flags & SCX_DEQ_SLEEP))
+	if (!cctx || !(deq_flags & SCX_DEQ_SLEEP))
 		return; /* a property changes: it is enqueued again in a moment */
+	policy_charge(p, cctx, running_ns(p));
 	slot = slot_of_current(cctx, p);
 	if (slot)
 		task_sleeps(p, slot, cctx);
@@ -328,7 +328,6 @@ SCX_OPS_DEFINE(umcg_ops,
 	       .dispatch = (void *)umcg_dispatch,
 	       .tick = (void *)umcg_tick,
 	       .running = (void *)umcg_running,
-	       .stopping = (void *)umcg_stopping,
 	       .quiescent = (void *)umcg_quiescent,
 	       .enable = (void *)umcg_enable,
 	       .cpu_online = (void *)umcg_cpu_online,
