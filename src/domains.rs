@@ -156,6 +156,10 @@ impl Domains {
         });
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.domains.is_empty()
+    }
+
     /// Tells the clients that nobody schedules them any more.
     pub(crate) fn end_epoch(&self) {
         for (number, domain) in &self.domains {

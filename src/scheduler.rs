@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! The BPF side as the loader sees it: open, load, attach, ask, exit report.
 
-use std::ffi::c_ulong;
+use std::ffi::{OsStr, c_ulong};
 use std::mem::{MaybeUninit, offset_of, size_of};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use anyhow::{Context, Result};
+use libbpf_rs::skel::{OpenSkel as _, Skel as _};
 use libbpf_rs::{Link, MapCore, MapFlags, MapHandle, MapType, OpenObject, PrintLevel, ProgramInput};
 use nix::errno::Errno;
 use scx_utils::{compat, scx_ops_attach, scx_ops_load, scx_ops_open, uei_exited, uei_report};
@@ -22,6 +23,8 @@ const LOAD_FAILED: &str = "cannot load the BPF scheduler; run with -v to see the
 pub(crate) struct Scheduler<'obj> {
     /// Before `skel`, which it must not outlive.
     ops: Option<Link>,
+    /// The programs on tracepoints, while there are domains: until then they have no work, and are not to cost others any.
+    tracing: Vec<Link>,
     skel: BpfSkel<'obj>,
 }
 
@@ -51,9 +54,14 @@ impl<'obj> Scheduler<'obj> {
         skel.maps.tids.set_max_entries(args.max_tasks)?;
         skel.maps.ready.set_max_entries(args.max_tasks)?;
 
+        for mut program in skel.open_object_mut().progs_mut().filter(|program| is_tracing(program.section()))
+        {
+            program.set_autoattach(false);
+        }
+
         let mut skel = scx_ops_load!(skel, umcg_ops, uei).context(LOAD_FAILED)?;
         let ops = Some(scx_ops_attach!(skel, umcg_ops).context(LOAD_FAILED)?);
-        Ok(Self { ops, skel })
+        Ok(Self { ops, tracing: Vec::new(), skel })
     }
 
     /// Whether the kernel has ejected the scheduler.
@@ -69,6 +77,21 @@ impl<'obj> Scheduler<'obj> {
     /// Prints why the scheduler has exited; an error if it was the scheduler's or an operator's doing.
     pub(crate) fn report_exit(&self) -> Result<()> {
         uei_report!(&self.skel, uei).map(|_| ())
+    }
+
+    /// From here on tasks may register.
+    pub(crate) fn start_tracing(&mut self) -> Result<(), Errno> {
+        if self.tracing.is_empty() {
+            let programs = self.skel.object_mut().progs_mut().filter(|program| is_tracing(program.section()));
+            let links: Result<_, _> = programs.map(|program| program.attach_trace()).collect();
+            self.tracing = links.map_err(out_of_room)?;
+        }
+        Ok(())
+    }
+
+    /// No task is registered, and none can be.
+    pub(crate) fn stop_tracing(&mut self) {
+        self.tracing.clear();
     }
 
     /// The program that clients run to register.
@@ -144,6 +167,10 @@ impl<'obj> Scheduler<'obj> {
         let field = state.as_deref().and_then(|bytes| bytes[AT..].first_chunk());
         Ok(u32::from_ne_bytes(*field.context("the BPF side does not know that domain; rebuild scx_umcg")?))
     }
+}
+
+fn is_tracing(section: &OsStr) -> bool {
+    section.as_encoded_bytes().starts_with(b"tp_btf/")
 }
 
 /// A new map for the cells of a domain: one for the header and `nr_slots` for tasks.

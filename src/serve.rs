@@ -218,6 +218,9 @@ impl<'obj> Service<'obj> {
         let now = Instant::now();
         self.greeters.retain(|_, greeter| greeter.deadline > now);
         self.domains.reap(&self.scheduler);
+        if self.domains.is_empty() {
+            self.scheduler.stop_tracing();
+        }
         if let Some(interval) = self.stats_interval.filter(|_| self.next_stats <= now) {
             self.next_stats = now + interval;
             match self.metrics() {
@@ -285,6 +288,7 @@ impl<'obj> Service<'obj> {
     /// Opens a domain for the user at the other end.
     fn open(&mut self, connection: &OwnedFd, hello: &umcg_hello) -> Result<umcg_welcome, Errno> {
         let user = Uid::from_raw(getsockopt(connection, sockopt::PeerCredentials)?.uid());
+        self.scheduler.start_tracing()?;
         self.domains.open(&self.scheduler, user, hello)
     }
 

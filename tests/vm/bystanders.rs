@@ -14,12 +14,16 @@ use std::time::Duration;
 use nix::time::{ClockId, clock_gettime};
 
 use crate::api::NONE;
-use crate::cast::{List, become_server, nr_cpus, open, pin, retire, spawn_worker};
+use crate::cast::{List, become_server, nr_cpus, open, pin, retire, spawn_worker, wait_until};
+use crate::client::Client;
 use crate::harness::{Loader, Test};
+use crate::users::ids;
 
 pub const TESTS: &[Test] = &[
     Test::new("cpu_hogs_share_the_machine", hogs),
+    Test::new("who_sleeps_pays_for_what_it_had", napper),
     Test::new("a_pair_that_switches_for_ever_shares_its_cpu", pair),
+    Test::new("tracepoints_are_left_alone_until_there_is_a_domain", tracepoints).own_loader(),
     Test::new("in_partial_mode_only_tasks_are_ours", partial).own_loader(),
 ];
 
@@ -60,6 +64,35 @@ fn hogs() {
     retire(server);
 }
 
+/// Computes for most of a slice, and sleeps as short as can be, until STOP; its CPU time.
+fn nap_for_ever() -> Duration {
+    while !STOP.load(SeqCst) {
+        let awake = cpu_time();
+        while cpu_time() - awake < Duration::from_millis(4) {
+            std::hint::spin_loop();
+        }
+        sleep(Duration::from_micros(1));
+    }
+    cpu_time()
+}
+
+fn napper() {
+    let on_one_cpu = |body: fn() -> Duration| {
+        std::thread::spawn(move || {
+            pin(0);
+            body()
+        })
+    };
+    let hogs: Vec<_> = (0..6).map(|_| on_one_cpu(hog)).collect();
+    let napper = on_one_cpu(nap_for_ever);
+    sleep(DURATION);
+    STOP.store(true, SeqCst);
+    let least = hogs.into_iter().map(|hog| hog.join().unwrap()).min().unwrap();
+    let napper = napper.join().unwrap();
+    println!("CPU time of a hog and a napper: {least:.2?}, {napper:.2?}");
+    assert!(2 * napper < 3 * least, "a sleep pays");
+}
+
 /// A server on CPU 0 that does nothing but switch to its worker and back, until STOP; the CPU time of both.
 fn switch_for_ever() -> Duration {
     pin(0);
@@ -90,6 +123,24 @@ fn pair() {
     sleep(DURATION);
     STOP.store(true, SeqCst);
     assert_fair("a pair and a hog", &[pair.join().unwrap(), hog.join().unwrap()]);
+}
+
+/// Links of BPF programs in the machine.
+fn nr_links() -> usize {
+    const BPF_LINK_GET_NEXT_ID: u32 = 31;
+    ids(BPF_LINK_GET_NEXT_ID).len()
+}
+
+fn tracepoints() {
+    let loader = Loader::start(&[]);
+    let alone = nr_links();
+    assert!(alone > 0, "the scheduler itself is not seen");
+    for _ in 0..3 {
+        let client = Client::open(&loader.socket, 1);
+        assert!(nr_links() > alone, "nothing sees a task die");
+        drop(client);
+        wait_until("the tracepoints are given back", || nr_links() == alone);
+    }
 }
 
 const SCHED_EXT: i32 = 7;

@@ -396,7 +396,7 @@ fn attributes(command: u32, target: &OwnedFd, client: &Client) -> Attr {
 }
 
 /// As root: the ids of all objects of a kind, by the command that gives the next one.
-fn ids(next: u32) -> Vec<u32> {
+pub fn ids(next: u32) -> Vec<u32> {
     let step = |&id: &u32| {
         let mut attr = Attr::default().word(0, id);
         (bpf(next, &mut attr) == 0).then(|| attr.answer(4))
