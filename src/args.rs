@@ -153,6 +153,19 @@ mod tests {
     }
 
     #[test]
+    fn the_manual_has_every_option_of_this_version() {
+        let manual = include_str!("../man/scx_umcg.8").replace("\\-", "-");
+        let command = Cli::command();
+        for command in command.get_subcommands().chain([&command]) {
+            for option in command.get_arguments().filter_map(clap::Arg::get_long) {
+                assert!(manual.contains(&format!("--{option}")), "{}: --{option}", command.get_name());
+            }
+        }
+        let version = env!("CARGO_PKG_VERSION");
+        assert!(manual.contains(&format!("\"scx_umcg {version}\"")), "not of {version}");
+    }
+
+    #[test]
     fn limits_have_the_documented_defaults() {
         let load = parse("scx_umcg").unwrap().load;
         assert_eq!((load.max_domains, load.max_tasks, load.watchdog), (64, 16384, 30));

@@ -20,7 +20,7 @@ use crate::kernel_log::KernelLog;
 /// Names the test that a child process is to run.
 const CHILD: &str = "UMCG_VM_TEST";
 /// What the loader says; shown when a test fails.
-const LOADER_LOG: &str = "/run/umcg-test-loader.log";
+pub const LOADER_LOG: &str = "/run/umcg-test-loader.log";
 /// The loader under test.
 pub const LOADER: &str = env!("CARGO_BIN_EXE_scx_umcg");
 
@@ -32,13 +32,13 @@ pub struct Test {
     pub limit_s: u64,
     /// The test starts loaders of its own, so the common one is stopped meanwhile.
     pub own_loader: bool,
-    /// What the kernel is to say meanwhile, and would be told off for in other tests.
-    pub expected_in_log: Option<&'static str>,
+    /// What the kernel is to say meanwhile, and would be told off for in other tests: the first for certain, the others perhaps.
+    pub expected_in_log: &'static [&'static str],
 }
 
 impl Test {
     pub const fn new(name: &'static str, run: fn()) -> Self {
-        Self { name, run, limit_s: 120, own_loader: false, expected_in_log: None }
+        Self { name, run, limit_s: 120, own_loader: false, expected_in_log: &[] }
     }
 
     pub const fn limit_s(mut self, limit_s: u64) -> Self {
@@ -51,8 +51,8 @@ impl Test {
         self
     }
 
-    pub const fn expects_in_log(mut self, message: &'static str) -> Self {
-        self.expected_in_log = Some(message);
+    pub const fn expects_in_log(mut self, messages: &'static [&'static str]) -> Self {
+        self.expected_in_log = messages;
         self
     }
 }

@@ -17,12 +17,18 @@ use nix::unistd::Pid;
 
 use crate::api;
 use crate::cast::{scaled, wait_until};
-use crate::harness::{LOADER, Loader, Test};
+use crate::harness::{LOADER, LOADER_LOG, Loader, Test};
 use crate::scene::assert_blocks_are_seen;
 
 pub const TESTS: &[Test] = &[
     Test::new("run_exits_with_the_status_of_its_command", run_status).own_loader().limit_s(400),
     Test::new("run_tells_its_command_where_the_socket_is", run_socket).own_loader(),
+    Test::new("an_ejection_is_said_in_one_line_after_the_kernels_dump", ejected)
+        .own_loader()
+        .expects_in_log(EJECTED),
+    Test::new("run_keeps_its_commands_status_when_the_scheduler_is_ejected", run_ejected)
+        .own_loader()
+        .expects_in_log(EJECTED),
     Test::new("run_sets_no_time_limit", run_long).own_loader().limit_s(300),
     Test::new("status_tells_whether_a_loader_serves", status).own_loader(),
     Test::new("the_default_socket_is_where_programs_look", default_socket).own_loader(),
@@ -30,6 +36,9 @@ pub const TESTS: &[Test] = &[
     Test::new("a_loader_that_cannot_start_says_why", refusals).own_loader(),
     Test::new("a_client_that_talks_garbage_does_no_harm", garbage).own_loader(),
 ];
+
+/// What the kernel says of a scheduler that was ejected by hand.
+pub const EJECTED: &[&str] = &["disabled (disabled by sysrq-S)"];
 
 /// The loader with `arguments`, to its end.
 fn scx_umcg(arguments: &[&str]) -> Output {
@@ -74,6 +83,30 @@ fn run_status() {
         assert_eq!(message.lines().count(), usize::from(says_something), "{command:?}: {message}");
         assert_unloaded();
     }
+}
+
+/// The last line of standard error: what is wrong, the kernel's reason, and what to do.
+fn assert_says_ejected(stderr: &str) {
+    let last = stderr.lines().last().unwrap_or_default();
+    assert!(last.starts_with("scx_umcg: the kernel ejected the scheduler: "), "{stderr}");
+    assert!(last.contains("sysrq-S") && last.contains("; start it again"), "{stderr}");
+    assert_eq!(stderr.matches("scx_umcg: ").count(), 1, "{stderr}");
+}
+
+fn ejected() {
+    let mut loader = Loader::start(&[]);
+    fs::write("/proc/sysrq-trigger", "S").unwrap();
+    assert_eq!(loader.wait().code(), Some(2));
+    assert_says_ejected(&fs::read_to_string(LOADER_LOG).unwrap());
+    assert_unloaded();
+}
+
+fn run_ejected() {
+    const EJECT: &str = "echo S >/proc/sysrq-trigger; while test -S $UMCG_SOCKET; do sleep 0.1; done; exit 7";
+    let output = scx_umcg(&["run", "--", "sh", "-c", EJECT]);
+    assert_eq!(output.status.code(), Some(7));
+    assert_says_ejected(text(&output.stderr));
+    assert_unloaded();
 }
 
 /// Longer than the watchdog and than every timeout of the loader's own.

@@ -23,18 +23,22 @@ use crate::cast::{
     spawn_worker, spin_until, wait_until,
 };
 use crate::harness::{Loader, Test};
+use crate::loader::EJECTED;
 use crate::scene::{assert_blocks_are_seen, assert_only, assert_state};
+use crate::stall::{STALLED, stall};
 use crate::stress::Dice;
 
-/// What the kernel says of a scheduler that was ejected by hand.
-const EJECTED: &str = "disabled (disabled by sysrq-S)";
-
 pub const TESTS: &[Test] = &[
-    Test::new("a_program_survives_sigkill_of_its_loader", || everything(sigkill)).own_loader(),
-    Test::new("a_program_survives_sigterm_of_its_loader", || everything(sigterm)).own_loader(),
-    Test::new("a_program_survives_the_ejection_of_the_scheduler", || everything(eject))
+    Test::new("a_program_survives_sigkill_of_its_loader", || everything(&[], sigkill)).own_loader(),
+    Test::new("a_program_survives_sigterm_of_its_loader", || everything(&[], sigterm)).own_loader(),
+    Test::new("a_program_survives_the_ejection_of_the_scheduler", || everything(&[], eject))
         .own_loader()
         .expects_in_log(EJECTED),
+    Test::new("a_program_survives_a_stall_that_ejects_the_scheduler", || {
+        everything(&["--watchdog", "2"], stall)
+    })
+    .own_loader()
+    .expects_in_log(STALLED),
     Test::new("a_program_may_open_again_while_it_has_tasks_of_before", open_again).own_loader(),
     Test::new("who_ends_after_the_ejection_is_on_no_list", ended_after).own_loader().expects_in_log(EJECTED),
     Test::new("nobody_hangs_after_sigkill_of_the_loader_under_load", || under_load(sigkill, 100))
@@ -177,8 +181,8 @@ fn spawn_serving() -> Worker {
     })
 }
 
-fn everything(end: fn(Loader)) {
-    let loader = Loader::start(&[]);
+fn everything(args: &[&str], end: fn(Loader)) {
+    let loader = Loader::start(args);
     open_at(&loader, 17);
     let server = become_server();
     let mut program = Program::start(server);
@@ -305,7 +309,7 @@ fn ended_after() {
     retire(server);
 }
 
-const SERVERS: usize = 2;
+pub const SERVERS: usize = 2;
 const WORKERS: usize = 10;
 /// Of each worker.
 const ROUNDS: u32 = 300;
@@ -330,22 +334,25 @@ fn under_load(end: fn(Loader), times: u32) {
             wait_until("every server knows", || knows() || group.server.state() == NONE);
         }
         PAUSE.store(false, SeqCst);
-        for thread in groups.into_iter().flat_map(|group| group.threads) {
-            thread.join().unwrap();
-        }
-        assert_eq!(STEPS.swap(0, SeqCst), (SERVERS * WORKERS) as u32 * ROUNDS, "work was lost");
+        groups.into_iter().for_each(Group::join);
+        all_work_is_done();
         assert_eq!(api::close(), 0);
     }
 }
 
+/// Of all groups together.
+pub fn all_work_is_done() {
+    assert_eq!(STEPS.swap(0, SeqCst), (SERVERS * WORKERS) as u32 * ROUNDS, "work was lost");
+}
+
 /// A server and its workers.
-struct Group {
+pub struct Group {
     server: &'static Task,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Group {
-    fn start() -> Self {
+    pub fn start() -> Self {
         let tasks: Vec<_> = (0..WORKERS).map(|_| Task::alloc()).collect();
         let theirs = tasks.clone();
         let server = spawn_server(move |task| serve(task, &theirs));
@@ -353,6 +360,12 @@ impl Group {
         let work = |(nr, task): (usize, &'static Task)| spawn(move || work(nr, task, host));
         let threads = tasks.into_iter().enumerate().map(work).chain([server.thread]).collect();
         Self { server: server.task, threads }
+    }
+
+    pub fn join(self) {
+        for thread in self.threads {
+            thread.join().unwrap();
+        }
     }
 }
 

@@ -35,8 +35,10 @@ mod rseq;
 mod signals;
 mod sleepers;
 mod spawning;
+mod stall;
 mod stopping;
 mod stress;
+mod suspend;
 mod timeouts;
 mod users;
 mod waiting;
@@ -69,6 +71,7 @@ fn main() -> ExitCode {
         spawning::TESTS,
         stopping::TESTS,
         stress::TESTS,
+        suspend::TESTS,
         timeouts::TESTS,
         users::TESTS,
         waiting::TESTS,
