@@ -49,11 +49,11 @@ static int ctl_unregister(struct task_struct *p)
 	return tctx && tctx->slot ? retire(tctx, false) : -EINVAL;
 }
 
-/* A waiting worker comes on the list, unless it is there. */
+/* A waiting worker comes on the list, unless it is there; so does one on its way to its first wait, inside umcg_register(). */
 static __always_inline void list_again(struct umcg_ref *worker, struct umcg_ref *server,
 				       u32 *released)
 {
-	if (worker->slot->state != UMCG_WAITING)
+	if (worker->slot->state != UMCG_WAITING && worker->slot->state != UMCG_NEW)
 		return;
 	push_runnable(server, worker);
 	tell_server(server, released);
