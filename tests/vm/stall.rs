@@ -59,7 +59,7 @@ fn leave_nothing_to_others(cpu: usize) -> Vec<Setting> {
     settings
 }
 
-/// Stalls a thread until the loader, which has `--watchdog 2`, has been told that its scheduler is ejected.
+/// Stalls a thread until the loader, which has a short watchdog, has been told that its scheduler is ejected.
 pub fn stall(mut loader: Loader) {
     let cpu = nr_cpus() - 1;
     let _settings = leave_nothing_to_others(cpu);
