@@ -89,7 +89,7 @@ impl Domains {
     /// Opens the domain that `hello` asks for. It is closing until it gets its lease.
     pub(crate) fn open(
         &mut self,
-        scheduler: &Scheduler,
+        scheduler: &mut Scheduler,
         user: Uid,
         hello: &umcg_hello,
     ) -> Result<umcg_welcome, Errno> {
@@ -101,6 +101,7 @@ impl Domains {
         let slots = self.slots.take(hello.max_tasks).ok_or(Errno::ENOSPC)?;
         let nonce = nonce()?;
         let opened = new_map(hello.max_tasks, self.partial).and_then(|map| {
+            scheduler.start_tracing()?;
             scheduler.open_domain(number, slots.start, hello.max_tasks, nonce, &map)?;
             Ok(map)
         });

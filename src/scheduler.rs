@@ -72,6 +72,7 @@ impl<'obj> Scheduler<'obj> {
     /// Detaches the scheduler, if the kernel has not; returns once no thread is in its hands any more.
     pub(crate) fn detach(&mut self) {
         self.ops = None;
+        self.tracing.clear();
     }
 
     /// Prints why the scheduler has exited; an error if it was the scheduler's or an operator's doing.

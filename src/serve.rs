@@ -33,6 +33,8 @@ use crate::stats::{Metrics, Reader, stats_path};
 const TICK_MS: u16 = 100;
 /// How long a client may take to say hello. The library says it at once.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the programs on tracepoints stay after the last domain. To attach them again makes all of the kernel's wait for it.
+const TRACING_LINGERS: Duration = Duration::from_secs(5);
 /// Clients that have not said hello yet; one more, and the oldest must go.
 const MAX_GREETERS: usize = 64;
 /// Readers of the statistics; one more, and the oldest must go.
@@ -85,6 +87,8 @@ pub(crate) struct Service<'obj> {
     arrivals: u64,
     stats_interval: Option<Duration>,
     next_stats: Instant,
+    /// Nobody has a domain any more by then.
+    quiet_at: Instant,
 }
 
 /// Descriptors that serving takes: three for each domain, the bounded rest, and libbpf's.
@@ -121,6 +125,7 @@ impl<'obj> Service<'obj> {
             arrivals: 0,
             stats_interval,
             next_stats: Instant::now() + stats_interval.unwrap_or_default(),
+            quiet_at: Instant::now(),
         })
     }
 
@@ -218,7 +223,9 @@ impl<'obj> Service<'obj> {
         let now = Instant::now();
         self.greeters.retain(|_, greeter| greeter.deadline > now);
         self.domains.reap(&self.scheduler);
-        if self.domains.is_empty() {
+        if !self.domains.is_empty() {
+            self.quiet_at = now + TRACING_LINGERS;
+        } else if self.quiet_at <= now {
             self.scheduler.stop_tracing();
         }
         if let Some(interval) = self.stats_interval.filter(|_| self.next_stats <= now) {
@@ -288,8 +295,7 @@ impl<'obj> Service<'obj> {
     /// Opens a domain for the user at the other end.
     fn open(&mut self, connection: &OwnedFd, hello: &umcg_hello) -> Result<umcg_welcome, Errno> {
         let user = Uid::from_raw(getsockopt(connection, sockopt::PeerCredentials)?.uid());
-        self.scheduler.start_tracing()?;
-        self.domains.open(&self.scheduler, user, hello)
+        self.domains.open(&mut self.scheduler, user, hello)
     }
 
     /// Hands an open domain to its client. If that fails, the domain has no lease and is reaped.
