@@ -7,8 +7,8 @@
  *
  * Some sleeps end where the task wakes, others at the boundary to user code only (see capture.bpf.h). Which of the two, the kernel
  * says itself: who sleeps TASK_INTERRUPTIBLE | TASK_FREEZABLE may be frozen in place for as long as the machine is suspended, so it
- * holds nothing that anybody could wait for (lockdep looks at that). The others that it freezes in place hold locks, and are
- * TASK_KILLABLE.
+ * holds nothing that anybody could wait for (lockdep looks at that). NFS sleeps so with locks all the same, by an exception that only
+ * lockdep's own kernels can see (TASK_FREEZABLE_UNSAFE); so the system call must be one that touches no file, too.
  */
 #ifndef UMCG_BLOCK_BPF_H
 #define UMCG_BLOCK_BPF_H
@@ -34,9 +34,24 @@ static __always_inline bool worker_blocks(struct umcg_ref *self, struct umcg_ref
 /* From the kernel's linux/sched.h. */
 #define TASK_INTERRUPTIBLE_FREEZABLE (0x0001 | 0x2000)
 
-static __always_inline bool sleeps_without_locks(const struct task_struct *p)
+/* x86-64's numbers of futex, nanosleep, rt_sigtimedwait, clock_nanosleep, futex_waitv, futex_wait. */
+static __always_inline bool touches_no_file(u64 nr)
 {
-	return (p->__state & TASK_INTERRUPTIBLE_FREEZABLE) == TASK_INTERRUPTIBLE_FREEZABLE;
+	return nr == 202 || nr == 35 || nr == 128 || nr == 230 || nr == 449 || nr == 455;
+}
+
+/* A system call with the numbers of 32-bit programs; from the kernel's asm/thread_info.h. */
+#define TS_COMPAT 0x0002
+
+static __always_inline bool sleeps_without_locks(struct task_struct *p)
+{
+	const struct pt_regs *regs;
+
+	if ((p->__state & TASK_INTERRUPTIBLE_FREEZABLE) != TASK_INTERRUPTIBLE_FREEZABLE ||
+	    p->thread_info.status & TS_COMPAT)
+		return false;
+	regs = (const struct pt_regs *)bpf_task_pt_regs(p);
+	return regs && touches_no_file(regs->orig_ax);
 }
 
 static __always_inline void task_sleeps(struct task_struct *p, struct umcg_slot *slot, struct umcg_cpu_ctx *cctx)

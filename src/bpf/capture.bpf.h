@@ -89,16 +89,16 @@ static __always_inline bool capture_locked(struct umcg_ref *self, struct umcg_re
 		custody_hold(&self->slot->custody);
 	if (self->slot->state != UMCG_BLOCKED)
 		return false;
-	status_show(&self->cell->task.umcg_status, UMCG_STATE_RUNNABLE);
 	stop_captured(self, now_ns);
-	if (!server->slot)
-		return true; /* gone: held until it names a living one and is kicked */
-	if (server->nr == self->nr) { /* it names itself: a server from now on, which nobody has to run */
+	if (server->slot && server->nr == self->nr) { /* it names itself: a server from now on, which nobody has to run */
 		self->slot->is_server = true;
 		self->slot->captured = false;
 		become_running(self, &released->told);
 		return true;
 	}
+	status_show(&self->cell->task.umcg_status, UMCG_STATE_RUNNABLE);
+	if (!server->slot)
+		return true; /* gone: held until it names a living one and is kicked */
 	push_runnable(server, self);
 	tell_server(server, &released->told);
 	return true;

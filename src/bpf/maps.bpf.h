@@ -180,6 +180,13 @@ static __always_inline struct umcg_cpu_ctx *this_cpu_ctx(void)
 	return bpf_map_lookup_elem(&cpu_ctxs, &zero);
 }
 
+static __always_inline struct umcg_cpu_ctx *cpu_ctx_of(s32 cpu)
+{
+	u32 zero = 0;
+
+	return bpf_map_lookup_percpu_elem(&cpu_ctxs, &zero, cpu);
+}
+
 static __always_inline struct umcg_domain *domain_of(u32 domain)
 {
 	return bpf_map_lookup_elem(&domain_states, &domain);

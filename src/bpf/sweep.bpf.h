@@ -93,7 +93,7 @@ static __always_inline bool wanted_by_kernel(const struct task_struct *p, u64 se
 	u64 deliverable = ~p->blocked.sig[0];
 	u64 shared = p->signal->shared_pending.signal.sig[0] & ~seen;
 
-	return (shared | p->pending.signal.sig[0]) & deliverable || p->jobctl & JOBCTL_PENDING;
+	return (shared | p->pending.signal.sig[0]) & deliverable || p->jobctl & JOBCTL_PENDING || p->task_works;
 }
 
 /*

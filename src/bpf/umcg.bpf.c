@@ -126,6 +126,7 @@ void BPF_STRUCT_OPS(umcg_enqueue, struct task_struct *p, u64 enq_flags)
 		slot = slot_at(nr);
 	}
 	if (slot && stops_at_wakeup(p)) {
+		scx_bpf_task_set_slice(p, slice_ns); /* the note has been read */
 		stops = !wanted_by_kernel(p, 0);
 		enq_flags &= ~SCX_ENQ_WAKEUP; /* no CPU was chosen for it */
 	}
@@ -236,12 +237,29 @@ void BPF_STRUCT_OPS(umcg_tick, struct task_struct *p)
 	preempt_at_tick(p);
 }
 
+/*
+ * A property of a task that runs on another CPU was changed from here. Only who runs there is noted: what else is noted there belongs
+ * to that CPU.
+ */
+static __always_inline void runs_elsewhere(struct task_struct *p, s32 cpu)
+{
+	struct umcg_cpu_ctx *cctx = cpu_ctx_of(cpu);
+
+	if (cctx)
+		cctx->current = slot_of(p);
+}
+
 void BPF_STRUCT_OPS(umcg_running, struct task_struct *p)
 {
 	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
+	s32 cpu = scx_bpf_task_cpu(p);
 	struct umcg_slot *slot;
 	u32 nr;
 
+	if (cpu != bpf_get_smp_processor_id()) {
+		runs_elsewhere(p, cpu);
+		return;
+	}
 	if (!cctx)
 		return;
 	queue_unasked_next(cctx);
@@ -251,7 +269,7 @@ void BPF_STRUCT_OPS(umcg_running, struct task_struct *p)
 	if (!slot) {
 		nr = slot_of(p);
 		slot = slot_at(nr);
-		if (slot)
+		if (slot && cctx->counted != p->pid) /* or a property of it was changed while it ran */
 			cctx->burst_start_ns = scx_bpf_now();
 	}
 	cctx->current = nr;
@@ -261,13 +279,29 @@ void BPF_STRUCT_OPS(umcg_running, struct task_struct *p)
 		guard_held(p, slot);
 }
 
+/*
+ * It moves to another CPU, or a property of it changes: it is queued again in a moment. If it runs, it runs on. If it does not, it
+ * was put aside with time left, for a task of another class, and pays now, for its CPU will not see it stop.
+ */
+static __always_inline void leaves_queue(struct task_struct *p)
+{
+	struct umcg_cpu_ctx *cctx = cpu_ctx_of(scx_bpf_task_cpu(p));
+
+	if (cctx && !scx_bpf_task_running(p))
+		policy_charge(p, cctx, 0);
+}
+
 void BPF_STRUCT_OPS(umcg_quiescent, struct task_struct *p, u64 deq_flags)
 {
 	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
 	struct umcg_slot *slot;
 
-	if (!cctx || !(deq_flags & SCX_DEQ_SLEEP))
-		return; /* a property changes: it is enqueued again in a moment */
+	if (!(deq_flags & SCX_DEQ_SLEEP)) {
+		leaves_queue(p);
+		return;
+	}
+	if (!cctx)
+		return;
 	policy_charge(p, cctx, running_ns(p));
 	slot = slot_of_current(cctx, p);
 	if (slot)
@@ -279,6 +313,7 @@ void BPF_STRUCT_OPS(umcg_enable, struct task_struct *p)
 	struct umcg_slot *slot = slot_at(slot_of(p));
 
 	scx_bpf_task_set_dsq_vtime(p, vtime_now);
+	scx_bpf_task_set_slice(p, slice_ns); /* a note in it (note_stop_at_wakeup()) is of before it left us */
 	if (!slot)
 		return;
 	/* It comes from another class, where nobody held it; it is held again where that may be. */

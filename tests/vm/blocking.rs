@@ -11,7 +11,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
-use std::sync::atomic::{AtomicU32, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize};
 use std::thread::{sleep, spawn};
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ use nix::errno::Errno;
 use nix::sched::sched_getcpu;
 
 use crate::api::{BLOCKED, NONE};
-use crate::cast::{List, Task, become_server, nr_cpus, open, retire, spawn_worker};
+use crate::cast::{List, Task, become_server, gettid, nr_cpus, open, retire, spawn_worker, wait_until};
 use crate::harness::{Counters, Test};
 use crate::scene::{STEPS, Scene, assert_only, assert_state, assert_was_captured, run_to_end, stand_still};
 use crate::userfault::Userfault;
@@ -40,6 +40,7 @@ pub const TESTS: &[Test] = &[
     Test::new("a_worker_that_slept_without_locks_stops_as_it_wakes", stops_at_wakeup),
     Test::new("a_worker_that_may_have_locks_stops_before_user_code", stops_at_boundary),
     Test::new("the_host_of_a_worker_that_blocks_goes_on_on_its_cpu", same_cpu),
+    Test::new("a_worker_that_changes_a_task_of_another_cpu_blocks_as_ever", changes_another),
     Test::new("calls_that_do_not_sleep_are_not_reported", no_sleep),
 ];
 
@@ -225,6 +226,43 @@ fn same_cpu() {
     assert!(same > ROUNDS * 9 / 10, "{same} of {ROUNDS}");
 }
 
+/// A change to a running task makes the kernel say once more that it runs, and say so on the CPU of whoever changes it.
+fn changes_another() {
+    const ROUNDS: i32 = 100;
+    static SPINNER: AtomicU32 = AtomicU32::new(0);
+    static STOP: AtomicBool = AtomicBool::new(false);
+
+    let spinner = spawn(|| {
+        SPINNER.store(gettid(), SeqCst);
+        while !STOP.load(SeqCst) {
+            std::hint::spin_loop();
+        }
+    });
+    wait_until("it spins", || SPINNER.load(SeqCst) != 0);
+    let (mut reader, mut writer) = pipe().unwrap();
+    open(2);
+    let server = become_server();
+    let worker = spawn_worker(server.tid(), move |_| {
+        for round in 0..ROUNDS {
+            // SAFETY: takes no pointers.
+            let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, SPINNER.load(SeqCst), round % 2) };
+            assert_eq!(Errno::result(result), Ok(0));
+            reader.read_exact(&mut [0]).unwrap();
+        }
+    });
+    server.await_runnable(worker.task);
+    for _ in 0..ROUNDS {
+        server.run(worker.task);
+        assert_only(worker.task, &server.take(List::Blocked));
+        writer.write_all(&[0]).unwrap();
+        server.await_runnable(worker.task);
+    }
+    run_to_end(server, worker);
+    retire(server);
+    STOP.store(true, SeqCst);
+    spinner.join().unwrap();
+}
+
 /// The control: whatever is reported in the tests above is the sleep, not the system call.
 fn no_sleep() {
     let mut full = new_eventfd();
@@ -316,6 +354,15 @@ fn stops_at_boundary() {
         || writer.write_all(&[0]).unwrap(),
     );
     assert!(!stack.is_empty() && !stack.contains("pipe_read"), "{stack}");
+
+    // The kernel says of this one, too, that it may be frozen as it sleeps; but it is in a call that may be any file's.
+    let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+    let stack = stack_of_captured(
+        server,
+        move || theirs.read_exact(&mut [0]).unwrap(),
+        || ours.write_all(&[0]).unwrap(),
+    );
+    assert!(!stack.is_empty() && !stack.contains("unix_stream_read"), "{stack}");
     retire(server);
 }
 
