@@ -13,6 +13,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Failed, Trial};
+use scx_stats::StatsClient;
 
 use crate::cast::limit;
 use crate::kernel_log::KernelLog;
@@ -23,6 +24,9 @@ const CHILD: &str = "UMCG_VM_TEST";
 pub const LOADER_LOG: &str = "/run/umcg-test-loader.log";
 /// The loader under test.
 pub const LOADER: &str = env!("CARGO_BIN_EXE_scx_umcg");
+
+/// A loader that serves does so.
+const ANSWERS: &str = "the loader answers";
 
 /// A behaviour, its name as a sentence, and how long it may take before it counts as hung.
 #[derive(Clone, Copy)]
@@ -82,19 +86,13 @@ impl Loader {
                 panic!("the loader ended before it served: {status}");
             }
             assert!(Instant::now() < deadline, "the loader does not serve");
-            sleep(Duration::from_millis(200)); // to ask takes a process, and CPU time from the loader
+            sleep(Duration::from_millis(50));
         }
         loader
     }
 
     pub fn serves(&self) -> bool {
-        Command::new(LOADER)
-            .args(["status", "--socket"])
-            .arg(&self.socket)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status()
-            .is_ok_and(|status| status.success())
+        status_at(&self.socket).is_ok()
     }
 
     /// One counter or fact of `scx_umcg status --json`.
@@ -132,7 +130,7 @@ pub struct Counters(serde_json::Value);
 
 impl Counters {
     pub fn now() -> Self {
-        Self(status_at(&own_socket()))
+        Self(status_at(&own_socket()).expect(ANSWERS))
     }
 
     pub fn added(&self, name: &str) -> u64 {
@@ -145,20 +143,18 @@ fn own_socket() -> PathBuf {
 }
 
 fn stat_at(socket: &Path, name: &str) -> u64 {
-    number(&status_at(socket), name)
+    number(&status_at(socket).expect(ANSWERS), name)
 }
 
 fn number(status: &serde_json::Value, name: &str) -> u64 {
     status[name].as_u64().unwrap_or_else(|| panic!("status has no number {name}: {status}"))
 }
 
-fn status_at(socket: &Path) -> serde_json::Value {
-    let output = Command::new(LOADER)
-        .args(["status", "--json", "--socket"])
-        .arg(socket)
-        .output()
-        .expect("cannot run status");
-    serde_json::from_slice(&output.stdout).expect("status --json is no JSON")
+/// What `scx_umcg status` asks a loader; that command has tests of its own, and would be a process for each question.
+fn status_at(socket: &Path) -> anyhow::Result<serde_json::Value> {
+    let mut path = socket.as_os_str().to_owned();
+    path.push(".stats");
+    StatsClient::new().set_path(path).connect(Some(10_000))?.request("stats", Vec::new())
 }
 
 pub fn main(tests: &[Test]) -> ExitCode {
