@@ -275,6 +275,11 @@ pub fn gettid() -> u32 {
     unsafe { libc::gettid() }.cast_unsigned()
 }
 
+/// A sleep that is one: a timer of a millisecond may have expired before its task sleeps, if others take the CPU in between.
+pub fn nap() {
+    sleep(Duration::from_millis(50));
+}
+
 /// Polls for an end state; hangs are the runner's business, this only says what was waited for.
 pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = Instant::now() + limit(90);

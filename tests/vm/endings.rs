@@ -10,15 +10,13 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::sync::mpsc;
-use std::thread::sleep;
-use std::time::Duration;
 
 use nix::sys::signal::SaFlags;
 
 use crate::api::{self, NONE, RUNNABLE, RUNNING};
 use crate::cast::{
-    List, Task, Worker, become_server, become_worker, load_stack, open, retire, sched_yield, spawn_worker,
-    wait_until,
+    List, Task, Worker, become_server, become_worker, load_stack, nap, open, retire, sched_yield,
+    spawn_worker, wait_until,
 };
 use crate::harness::{Test, stat};
 use crate::scene::{Other, assert_only, assert_state, lists_are_empty};
@@ -113,7 +111,7 @@ impl Stage {
         match self {
             Self::FirstRun => {}
             Self::Waited => assert_eq!(task.switch_to(0), 0),
-            Self::Captured => sleep(Duration::from_millis(1)),
+            Self::Captured => nap(),
             Self::Yielded => sched_yield(),
             Self::Marked => task.status.store(RUNNABLE, SeqCst),
             Self::Moved => task.server_tid.store(other, SeqCst),

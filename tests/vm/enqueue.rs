@@ -7,15 +7,13 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering::SeqCst;
-use std::thread::sleep;
-use std::time::Duration;
 
 use umcg::raw::{UMCG_TF_PREEMPT, UMCG_WAIT_ENQUEUE};
 
 use crate::api::{self, BLOCKED, RUNNABLE, RUNNING};
 use crate::cast::{
-    List, Task, Worker, become_server, open, retire, sched_yield, spawn_server, spawn_worker, spin_until,
-    wait_until,
+    List, Task, Worker, become_server, nap, open, retire, sched_yield, spawn_server, spawn_worker,
+    spin_until, wait_until,
 };
 use crate::harness::Test;
 use crate::scene::{Other, STEPS, assert_only, assert_state, lists_are_empty, run_to_end, stand_still};
@@ -311,7 +309,7 @@ fn untaken() {
     let spawn = || {
         let worker = spawn_worker(server.tid(), |task| {
             assert_eq!(wait_enqueued(task, 0), 0);
-            sleep(Duration::from_millis(1));
+            nap();
             sched_yield();
         });
         let addr = worker.task.as_ptr().addr() as u64;

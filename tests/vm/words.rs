@@ -14,7 +14,7 @@ use std::time::Duration;
 use umcg::raw::{UMCG_TF_PREEMPT as PREEMPT, UMCG_WAIT_ENQUEUE};
 
 use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING, STATE_MASK};
-use crate::cast::{List, Task, become_server, open, retire, sched_yield, spawn_worker, spin_until};
+use crate::cast::{List, Task, become_server, nap, open, retire, sched_yield, spawn_worker, spin_until};
 use crate::harness::Test;
 use crate::preempting::compute;
 use crate::scene::{CLOCK_ERROR_NS, assert_only, assert_state, lists_are_empty, monotonic_ns, run_to_end};
@@ -92,7 +92,7 @@ fn own_words() {
     server.await_runnable(second.task);
     let next = second.task.tid();
     let first = spawn_worker(server.tid(), move |task| {
-        sleep(Duration::from_millis(1));
+        nap();
         task.status.fetch_or(PREEMPT, SeqCst);
         spin_until("it is preempted", || task.status.load(SeqCst) & PREEMPT == 0);
         sched_yield();
