@@ -52,6 +52,7 @@ impl<'obj> Scheduler<'obj> {
         skel.maps.domain_states.set_max_entries(args.max_domains)?;
         skel.maps.slots.set_max_entries(args.max_tasks + 1)?; // slot 0 is nobody's
         skel.maps.tids.set_max_entries(args.max_tasks)?;
+        skel.maps.pids.set_max_entries(args.max_tasks)?;
         skel.maps.ready.set_max_entries(args.max_tasks)?;
 
         for mut program in skel.open_object_mut().progs_mut().filter(|program| is_tracing(program.section()))

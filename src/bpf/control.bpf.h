@@ -12,12 +12,12 @@
 /* So that a signal for this process is known to matter: see umcg_signal_generate. */
 static __always_inline void mark_owner(struct task_struct *p)
 {
-	struct umcg_task_ctx *leader;
+	struct umcg_process *process;
 
 	bpf_rcu_read_lock();
-	leader = bpf_task_storage_get(&task_ctxs, p->group_leader, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
-	if (leader)
-		leader->owns_domain = true;
+	process = bpf_task_storage_get(&processes, p->group_leader, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	if (process)
+		process->owns_domain = true;
 	bpf_rcu_read_unlock();
 }
 
@@ -44,9 +44,9 @@ static int ctl_attach(struct umcg_ctl_args *args, struct task_struct *p)
 
 static int ctl_unregister(struct task_struct *p)
 {
-	struct umcg_task_ctx *tctx = bpf_task_storage_get(&task_ctxs, p, 0, 0);
+	u32 nr = slot_of(p);
 
-	return tctx && tctx->slot ? retire(tctx, false) : -EINVAL;
+	return nr ? retire(nr, false) : -EINVAL;
 }
 
 /* A waiting worker comes on the list, unless it is there; so does one on its way to its first wait, inside umcg_register(). */

@@ -2,7 +2,7 @@
 /*
  * Where everything lives, and how to get from one to the other.
  *
- *	task_struct --task storage--> slot number --slots[]--> struct umcg_slot (ours alone)
+ *	task_struct --pids--> slot number --slots[]--> struct umcg_slot (ours alone)
  *	who runs on a CPU --cpu_ctxs--^
  *	                                                            | domain, cell
  *	                                                            v
@@ -44,6 +44,7 @@ struct umcg_slot {
 	u32 domain;	 /* constant while registered, like all below up to addr */
 	u32 cell;
 	u32 tid;	 /* in the process's own pid namespace */
+	s32 pid;	 /* in the initial one */
 	u32 listed_on;	 /* tid of the server on whose runnable list it was put last, else 0; under the lock */
 	u32 listed_gen;	 /* list_gen of that server then */
 	u32 list_gen;	 /* server: how often its runnable list was begun anew; under the lock */
@@ -53,6 +54,7 @@ struct umcg_slot {
 	bool is_server;	 /* as it named its server when it registered or last waited; under the lock */
 	bool asleep;	 /* went to sleep in a state that does not show it; under the lock */
 	bool in_handler; /* the next rseq update belongs to the delivery of a signal: written by the task itself only */
+	bool untimed;	 /* its wait has a deadline and no timer: for the sweep */
 	bool captured;	 /* WAITING by the kernel side's doing: since_ns counts; under the lock */
 };
 
@@ -66,9 +68,9 @@ struct umcg_domain {
 	u64 nonce;	/* what ATTACH must know; 0 once it is used */
 };
 
-struct umcg_task_ctx {
-	u32 slot; /* 0: not registered */
-	bool owns_domain; /* of a thread group's leader: signals for the process matter */
+/* Of a process, kept with its thread group's leader. */
+struct umcg_process {
+	bool owns_domain; /* signals for it matter */
 };
 
 /* Hand-over between the callbacks of one schedule() on one CPU, which holds the run queue's lock. */
@@ -137,12 +139,20 @@ struct {
 	__type(value, u32);
 } tid_hints SEC(".maps");
 
+/* Slot of a registered task by its pid in the initial namespace. A hint, too: task storage would know for certain, and takes 250 bytes. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__type(key, s32);
+	__type(value, u32);
+} pids SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, int);
-	__type(value, struct umcg_task_ctx);
-} task_ctxs SEC(".maps");
+	__type(value, struct umcg_process);
+} processes SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -207,8 +217,8 @@ static __always_inline struct umcg_slot *slot_if_of(u32 nr, const struct task_st
 
 /*
  * The slot of a task that runs on this CPU or is just being switched out, NULL for everybody who is not registered.
- * ops.running notes its number, so that the callbacks of a switch do not each look into the task's storage. A note may be out of
- * date (the task has gone, or another class has the CPU): whose slot it is decides.
+ * ops.running notes its number, so that the callbacks of a switch do not each look it up. A note may be out of date (the task has
+ * gone, or another class has the CPU): whose slot it is decides.
  */
 static __always_inline struct umcg_slot *slot_of_current(const struct umcg_cpu_ctx *cctx, const struct task_struct *p)
 {
@@ -218,15 +228,21 @@ static __always_inline struct umcg_slot *slot_of_current(const struct umcg_cpu_c
 /* Registered tasks of all domains; atomics. */
 u32 nr_registered;
 
-/* Slot number of a task, 0 for everybody who is not registered. */
-static __always_inline u32 slot_of(struct task_struct *p)
+/* Slot number of a task that registered with this @pid, else 0. */
+static __always_inline u32 slot_of_pid(s32 pid, const struct task_struct *p)
 {
-	struct umcg_task_ctx *tctx;
+	u32 *nr;
 
 	if (!UMCG_LOAD(&nr_registered))
 		return 0;
-	tctx = bpf_task_storage_get(&task_ctxs, p, 0, 0);
-	return tctx ? tctx->slot : 0;
+	nr = bpf_map_lookup_elem(&pids, &pid);
+	return nr && slot_if_of(*nr, p) ? *nr : 0;
+}
+
+/* Slot number of a task, 0 for everybody who is not registered. */
+static __always_inline u32 slot_of(const struct task_struct *p)
+{
+	return slot_of_pid(p->pid, p);
 }
 
 /* How often a look-up is repeated that the lock then shows to be outdated; each takes a race of its own. */

@@ -8,13 +8,8 @@
 #include "retire.bpf.h"
 #include "sweep.bpf.h"
 
-/* What a round tells those that look at one slot each. */
-struct umcg_round {
-	u64 now_ns;
-	u32 periods;
-};
-
-static __always_inline void sweep_slot(u32 nr, const struct umcg_round *round)
+/* @periods that have ended with this round: 0 or 1, as in all below and in sweep.bpf.h. */
+static __always_inline void sweep_slot(u32 nr, u32 periods)
 {
 	struct umcg_slot *slot = slot_at(nr);
 	struct task_struct *p;
@@ -29,10 +24,10 @@ static __always_inline void sweep_slot(u32 nr, const struct umcg_round *round)
 	if (!p)
 		return;
 	if (custody == UMCG_CUSTODY_PARKED) {
-		sweep_timeout(slot, round->now_ns);
-		sweep_parked(slot, nr, p, round->periods);
+		sweep_untimed(slot);
+		sweep_parked(slot, nr, p, periods);
 	} else {
-		sweep_ready(slot, nr, round->periods);
+		sweep_ready(slot, nr, periods);
 	}
 }
 
@@ -45,32 +40,33 @@ static __always_inline bool is_left_over(u32 nr)
 	return p && p->exit_state;
 }
 
-static int sweep_one(u32 nr, struct umcg_round *round)
+static int sweep_one(u32 nr, u32 *periods)
 {
 	bool left_over;
 
 	bpf_rcu_read_lock();
 	left_over = is_left_over(nr);
 	if (!left_over)
-		sweep_slot(nr, round);
+		sweep_slot(nr, *periods);
 	bpf_rcu_read_unlock();
 	if (left_over)
-		retire_slot(nr, NULL, true);
+		retire(nr, true);
 	return 0;
 }
 
 static int sweep(void *map, u32 *key, struct umcg_sweep *timer)
 {
-	struct umcg_round round = { .now_ns = bpf_ktime_get_ns() };
+	u64 now_ns = bpf_ktime_get_ns();
+	u32 periods = 0;
 
 	if (UMCG_LOAD(&epoch_over))
 		return 0;
 	UMCG_XCHG(&sweep_asked, 0); /* from here on a request is for the next round */
-	if (round.now_ns - period_ns >= SWEEP_PERIOD_NS) {
-		period_ns = round.now_ns;
-		round.periods = 1;
+	if (now_ns - period_ns >= SWEEP_PERIOD_NS) {
+		period_ns = now_ns;
+		periods = 1;
 	}
-	bpf_loop(UMCG_LOAD(&slot_limit), sweep_one, &round, 0);
+	bpf_loop(UMCG_LOAD(&slot_limit), sweep_one, &periods, 0);
 	STAT_INC(sweeps);
 	UMCG_STORE(&swept_ns, bpf_ktime_get_ns());
 	UMCG_XCHG(&sweep_armed, 0);

@@ -61,6 +61,7 @@ static __always_inline int claim_slot(struct umcg_domain *domain, const struct u
 		slot->tid = 0; /* ref_is() nobody yet */
 		slot->deadline_ns = 0;
 		slot->asleep = false;
+		slot->untimed = false;
 		slot->captured = false;
 		ret = 0;
 	}
@@ -95,8 +96,7 @@ static __always_inline void announce_worker(struct umcg_domain *domain, struct u
 	queue_released(&released);
 }
 
-static __always_inline int publish(struct umcg_task_ctx *tctx, struct umcg_slot *slot, struct task_struct *p,
-				   u32 nr)
+static __always_inline int publish(struct umcg_slot *slot, struct task_struct *p, u32 nr)
 {
 	struct umcg_tid_key key = { .domain = slot->domain, .tid = slot->tid };
 	struct task_struct *ref = bpf_task_acquire(p);
@@ -107,14 +107,13 @@ static __always_inline int publish(struct umcg_task_ctx *tctx, struct umcg_slot 
 	ref = bpf_kptr_xchg(&slot->task, ref);
 	if (ref)
 		bpf_task_release(ref);
-	tctx->slot = nr;
-	if (!bpf_map_update_elem(&tids, &key, &nr, BPF_ANY)) {
+	if (!bpf_map_update_elem(&pids, &slot->pid, &nr, BPF_ANY) && !bpf_map_update_elem(&tids, &key, &nr, BPF_ANY)) {
 		hint = tid_hint(key.domain, key.tid);
 		if (hint)
 			UMCG_STORE(hint, nr);
 		return 0;
 	}
-	tctx->slot = 0;
+	bpf_map_delete_elem(&pids, &slot->pid);
 	ref = bpf_kptr_xchg(&slot->task, NULL);
 	if (ref)
 		bpf_task_release(ref);
@@ -133,7 +132,6 @@ static __always_inline void note_current(u32 nr)
 static int ctl_register(struct umcg_ctl_args *args, struct task_struct *p)
 {
 	struct umcg_domain *domain = own_domain(args->domain, p);
-	struct umcg_task_ctx *tctx = bpf_task_storage_get(&task_ctxs, p, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
 	struct umcg_ref self, server;
 	u32 nr, tid = task_vtid(p), server_tid, first_slot;
 	bool is_server;
@@ -141,9 +139,7 @@ static int ctl_register(struct umcg_ctl_args *args, struct task_struct *p)
 
 	if (!domain || args->slot - 1 >= domain->nr_slots)
 		return -EFAULT;
-	if (!tctx)
-		return -ENOMEM;
-	if (tctx->slot)
+	if (slot_of(p))
 		return -EEXIST;
 	first_slot = domain->first_slot;
 	nr = first_slot + args->slot - 1;
@@ -160,7 +156,7 @@ static int ctl_register(struct umcg_ctl_args *args, struct task_struct *p)
 		return ret;
 	if (!is_server && (!ref_find(&server, args->domain, server_tid) || !ref_is_server(&server)))
 		return -ESRCH;
-	ret = init_timeout(self.slot);
+	ret = is_server ? init_timeout(self.slot) : 0;
 	if (ret)
 		return ret;
 	ret = claim_slot(domain, &self, first_slot, p->tgid, is_server);
@@ -173,9 +169,10 @@ static int ctl_register(struct umcg_ctl_args *args, struct task_struct *p)
 	self.slot->in_handler = false;
 	self.slot->seen_signals = 0;
 	self.slot->tid = tid;
+	self.slot->pid = p->pid;
 	self.cell->task.umcg_tid = tid;
 	__sync_fetch_and_add(&nr_registered, 1); /* before slot_of() is to find it */
-	ret = publish(tctx, self.slot, p, nr);
+	ret = publish(self.slot, p, nr);
 	if (ret) {
 		__sync_fetch_and_add(&nr_registered, -1);
 		unclaim_slot(domain, self.slot);

@@ -27,8 +27,17 @@ static __always_inline void retire_locked(struct umcg_domain *domain, struct umc
 	tell_server(server, &released->told);
 }
 
+/* Unless that is another task's pid by now, which is registered, too. */
+static __always_inline void forget_pid(s32 pid, u32 nr)
+{
+	u32 *known = bpf_map_lookup_elem(&pids, &pid);
+
+	if (known && *known == nr)
+		bpf_map_delete_elem(&pids, &pid);
+}
+
 /* @surprise: it did not unregister; its server learns of it by the runnable list. */
-static __always_inline int retire_slot(u32 nr, struct umcg_task_ctx *tctx, bool surprise)
+static __always_inline int retire(u32 nr, bool surprise)
 {
 	struct umcg_released released = {};
 	struct umcg_ref self, host, server = {};
@@ -53,12 +62,11 @@ static __always_inline int retire_slot(u32 nr, struct umcg_task_ctx *tctx, bool 
 		server.slot = NULL;
 
 	/* Empty it before it is free: the next registration may claim it the moment that it is. */
-	if (tctx)
-		tctx->slot = 0;
 	bpf_map_delete_elem(&tids, &key);
 	old = bpf_kptr_xchg(&self.slot->task, NULL);
 	if (!old)
 		return -EINVAL; /* somebody else is at it */
+	forget_pid(self.slot->pid, nr);
 	bpf_task_release(old);
 
 	lock_with_host(domain, &self, &host);
@@ -71,35 +79,25 @@ static __always_inline int retire_slot(u32 nr, struct umcg_task_ctx *tctx, bool 
 	return 0;
 }
 
-static __always_inline int retire(struct umcg_task_ctx *tctx, bool surprise)
+static __always_inline void retire_by_surprise(u32 nr)
 {
-	return retire_slot(tctx->slot, tctx, surprise);
-}
-
-static __always_inline void retire_by_surprise(struct task_struct *p)
-{
-	struct umcg_task_ctx *tctx;
-
-	if (UMCG_LOAD(&epoch_over))
-		return;
-	tctx = bpf_task_storage_get(&task_ctxs, p, 0, 0);
-	if (tctx && tctx->slot)
-		retire(tctx, true);
+	if (nr && !UMCG_LOAD(&epoch_over))
+		retire(nr, true);
 }
 
 /* Exits in whatever state: what SIGKILL leaves of a task is this. */
 SEC("tp_btf/sched_process_exit")
 int BPF_PROG(umcg_task_exit, struct task_struct *p)
 {
-	retire_by_surprise(p);
+	retire_by_surprise(slot_of(p));
 	return 0;
 }
 
-/* The program that registered is gone; the new image starts unregistered. */
+/* The program that registered is gone; the new image starts unregistered, and with the pid of its process. */
 SEC("tp_btf/sched_process_exec")
-int BPF_PROG(umcg_task_exec, struct task_struct *p)
+int BPF_PROG(umcg_task_exec, struct task_struct *p, pid_t old_pid)
 {
-	retire_by_surprise(p);
+	retire_by_surprise(slot_of_pid(old_pid, p));
 	return 0;
 }
 

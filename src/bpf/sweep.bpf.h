@@ -20,6 +20,7 @@
 
 #include "capture.bpf.h"
 #include "queue.bpf.h"
+#include "timeout.bpf.h"
 
 #define SWEEP_PERIOD_NS (20ULL * 1000 * 1000)
 #define SWEEP_GAP_NS (1000ULL * 1000) /* from one round to the next at least, whatever asks for it */
@@ -108,14 +109,13 @@ static __always_inline bool is_to_be_let_go(struct umcg_slot *slot, const struct
 	return task_is_dying(p) || wanted_by_kernel(p, seen);
 }
 
-/* The timer of a wait could not be started: the kernel may need memory for that. Its callback looks whether it is time. */
-static __always_inline void sweep_timeout(struct umcg_slot *slot, u64 now_ns)
+/* The timer of a wait could not be started: there is none yet, or the kernel needed memory for that. */
+static __always_inline void sweep_untimed(struct umcg_slot *slot)
 {
-	if (slot->deadline_ns && slot->deadline_ns + SWEEP_PERIOD_NS < now_ns)
-		bpf_timer_start(&slot->timer, 0, 0);
+	if (slot->untimed)
+		slot->untimed = init_timeout(slot) || !start_timeout(slot);
 }
 
-/* @periods that have ended with this round: 0 or 1, as in all below. */
 static __always_inline void sweep_parked(struct umcg_slot *slot, u32 nr, struct task_struct *p, u32 periods)
 {
 	if (is_to_be_let_go(slot, p, periods)) {
@@ -150,12 +150,12 @@ static __always_inline void sweep_ready(struct umcg_slot *slot, u32 nr, u32 peri
 SEC("tp_btf/signal_generate")
 int BPF_PROG(umcg_signal_generate, int sig, struct kernel_siginfo *info, struct task_struct *p)
 {
-	struct umcg_task_ctx *leader;
+	struct umcg_process *process;
 
 	if (!UMCG_LOAD(&nr_registered))
 		return 0;
-	leader = bpf_task_storage_get(&task_ctxs, p->group_leader, 0, 0);
-	if (leader && leader->owns_domain)
+	process = bpf_task_storage_get(&processes, p->group_leader, 0, 0);
+	if (process && process->owns_domain)
 		sweep_soon();
 	return 0;
 }

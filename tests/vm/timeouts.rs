@@ -30,6 +30,7 @@ pub const TESTS: &[Test] = &[
     Test::new("an_old_timer_does_not_end_a_later_wait", old_timer),
     Test::new("an_event_and_a_timeout_at_the_same_time", both).limit_s(300),
     Test::new("a_worker_cannot_have_a_timeout", of_worker),
+    Test::new("a_worker_that_became_a_server_has_timeouts", of_former_worker),
     Test::new("a_timeout_may_be_as_long_as_the_type_allows", huge),
 ];
 
@@ -64,6 +65,21 @@ fn idle() {
     for _ in 0..scaled(2000) {
         times_out(server, 0, Duration::from_micros(30));
     }
+    retire(server);
+}
+
+fn of_former_worker() {
+    open(2);
+    let server = become_server();
+    let worker = spawn_worker(server.tid(), |task| {
+        task.server_tid.store(task.tid(), SeqCst);
+        for _ in 0..scaled(100) {
+            times_out(task, 0, SHORT);
+        }
+    });
+    server.await_runnable(worker.task);
+    server.run(worker.task);
+    worker.thread.join().unwrap();
     retire(server);
 }
 
