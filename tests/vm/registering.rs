@@ -21,6 +21,7 @@ use crate::cast::{
     spawn_worker, wait_until,
 };
 use crate::harness::{Test, stat};
+use crate::scene::{assert_only, run_to_end};
 
 pub const TESTS: &[Test] = &[
     Test::new("open_and_close_say_what_is_wrong", opening),
@@ -30,6 +31,7 @@ pub const TESTS: &[Test] = &[
     Test::new("a_thread_and_a_struct_register_once", once),
     Test::new("unregister_refuses_what_is_not_the_threads_own", unregistering),
     Test::new("a_worker_is_announced_and_returns_once_it_is_run", announced),
+    Test::new("a_task_is_found_although_another_has_nearly_its_tid", near_tids),
     Test::new("a_worker_whose_thread_returns_is_reported", returns),
     Test::new("a_worker_that_exits_is_reported", exits),
     Test::new("a_forked_child_starts_unregistered", forked_server),
@@ -266,6 +268,42 @@ fn start_afresh(parents: *mut umcg_task) {
     worker.thread.join().unwrap();
     retire(server);
     assert_eq!(api::close(), 0);
+}
+
+/// The next thread gets that tid, unless somebody else is faster.
+fn make_next(tid: u32) {
+    let before = tid - 1;
+    if std::fs::write("/proc/sys/kernel/ns_last_pid", before.to_string()).is_err() {
+        while std::thread::spawn(gettid).join().unwrap() % TIDS_APART != before % TIDS_APART {}
+    }
+}
+
+/// Tids that differ by a multiple of this share a place in a table of the kernel side.
+const TIDS_APART: u32 = 4096;
+
+fn near_tids() {
+    open(3);
+    let server = become_server();
+    let first = spawn_worker(server.tid(), |_| {});
+    server.await_runnable(first.task);
+    for times in 1.. {
+        make_next(first.task.tid() + times * TIDS_APART);
+        let second = spawn_worker(server.tid(), |_| {});
+        server.await_runnable(second.task);
+        let is_near = second.task.tid() % TIDS_APART == first.task.tid() % TIDS_APART;
+        if is_near {
+            assert_eq!(api::kick(first.task.tid(), 0), 0);
+            assert_only(first.task, &server.take(List::Runnable));
+            assert_eq!(api::kick(second.task.tid(), 0), 0);
+            assert_only(second.task, &server.take(List::Runnable));
+        }
+        run_to_end(server, second);
+        if is_near {
+            break;
+        }
+    }
+    run_to_end(server, first);
+    retire(server);
 }
 
 fn forked_server() {
