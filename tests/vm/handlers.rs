@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32};
 use nix::sys::signal::SaFlags;
 use umcg::raw;
 
-use crate::api::{self, NONE, RUNNABLE, RUNNING, umcg_task};
+use crate::api::{self, NONE, RUNNABLE, umcg_task};
 use crate::cast::{
     List, Task, Worker, become_server, open, retire, spawn, spawn_server, spawn_worker, spin_until,
     wait_until,
@@ -166,16 +166,20 @@ fn blocked(server: &'static Task, queued: &Task) {
     assert!(server.take(List::Blocked).is_empty(), "a block of who is no task was reported");
 }
 
+/// The handler interrupts user code: RUNNING it is also on its way out of `umcg_register`.
 fn running(server: &'static Task, queued: &Task) {
+    static COMPUTES: AtomicBool = AtomicBool::new(false);
+
     let times = HANDLED.load(SeqCst);
     let worker = spawn_worker(server.tid(), move |task| {
+        COMPUTES.store(true, SeqCst);
         spin_until("the handler runs", || HANDLED.load(SeqCst) > times);
         assert_state(task, NONE);
     });
     server.await_runnable(worker.task);
     let task = worker.task;
     let sender = spawn(move || {
-        wait_until("it runs", || task.state() == RUNNING);
+        wait_until("it computes", || COMPUTES.load(SeqCst));
         send(task);
     });
     run_with_handler(server, worker, queued, 0);

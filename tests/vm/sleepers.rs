@@ -238,8 +238,8 @@ fn server() {
     let task = sleeper.task;
     await_marked_and_asleep(task);
     let watcher = spawn(move || {
-        wait_until("it is picked", || task.state() == RUNNING);
-        assert_eq!((me.state(), me.next_tid.load(SeqCst)), (RUNNABLE, 0));
+        wait_until("it is picked", || task.state() == RUNNING && me.next_tid.load(SeqCst) == 0);
+        assert_state(me, RUNNABLE);
         assert_eq!((thread_state(task), task.blocked_ts.load(SeqCst)), ('S', 0));
         assert_eq!(AWAKE.load(SeqCst), 0);
         ours.write_all(&[0]).unwrap();
