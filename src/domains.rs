@@ -98,8 +98,8 @@ impl Domains {
             return Err(Errno::ENOSPC);
         }
         let number = (0..self.max_domains).find(|n| !self.domains.contains_key(n)).ok_or(Errno::ENOSPC)?;
-        let slots = self.slots.take(hello.max_tasks).ok_or(Errno::ENOSPC)?;
         let nonce = nonce()?;
+        let slots = self.slots.take(hello.max_tasks).ok_or(Errno::ENOSPC)?;
         let opened = new_map(hello.max_tasks, self.partial).and_then(|map| {
             scheduler.start_tracing()?;
             scheduler.open_domain(number, slots.start, hello.max_tasks, nonce, &map)?;

@@ -7,7 +7,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use anyhow::{Context, Result};
 use libbpf_rs::skel::{OpenSkel as _, Skel as _};
-use libbpf_rs::{Link, MapCore, MapFlags, MapHandle, MapType, OpenObject, PrintLevel, ProgramInput};
+use libbpf_rs::{
+    Link, MapCore, MapFlags, MapHandle, MapType, OpenObject, PrintLevel, ProgramInput, num_possible_cpus,
+};
 use nix::errno::Errno;
 use scx_utils::{compat, scx_ops_attach, scx_ops_load, scx_ops_open, uei_exited, uei_report};
 
@@ -51,8 +53,10 @@ impl<'obj> Scheduler<'obj> {
         skel.maps.domains.set_max_entries(args.max_domains)?;
         skel.maps.domain_states.set_max_entries(args.max_domains)?;
         skel.maps.slots.set_max_entries(args.max_tasks + 1)?; // slot 0 is nobody's
-        skel.maps.tids.set_max_entries(args.max_tasks)?;
-        skel.maps.pids.set_max_entries(args.max_tasks)?;
+        // A free element may be on the list of a CPU that the kernel has looked at a moment ago.
+        let max_elements = args.max_tasks + num_possible_cpus()? as u32;
+        skel.maps.tids.set_max_entries(max_elements)?;
+        skel.maps.pids.set_max_entries(max_elements)?;
         skel.maps.ready.set_max_entries(args.max_tasks)?;
 
         for mut program in skel.open_object_mut().progs_mut().filter(|program| is_tracing(program.section()))

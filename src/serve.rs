@@ -295,7 +295,10 @@ impl<'obj> Service<'obj> {
     /// Opens a domain for the user at the other end.
     fn open(&mut self, connection: &OwnedFd, hello: &umcg_hello) -> Result<umcg_welcome, Errno> {
         let user = Uid::from_raw(getsockopt(connection, sockopt::PeerCredentials)?.uid());
-        self.domains.open(&mut self.scheduler, user, hello)
+        let welcome = self.domains.open(&mut self.scheduler, user, hello)?;
+        // Its client may be gone before anybody looks again, and come back at once.
+        self.quiet_at = Instant::now() + TRACING_LINGERS;
+        Ok(welcome)
     }
 
     /// Hands an open domain to its client. If that fails, the domain has no lease and is reaped.

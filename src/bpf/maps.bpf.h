@@ -231,12 +231,13 @@ u32 nr_registered;
 /* Slot number of a task that registered with this @pid, else 0. */
 static __always_inline u32 slot_of_pid(s32 pid, const struct task_struct *p)
 {
-	u32 *nr;
+	u32 *known, nr;
 
 	if (!UMCG_LOAD(&nr_registered))
 		return 0;
-	nr = bpf_map_lookup_elem(&pids, &pid);
-	return nr && slot_if_of(*nr, p) ? *nr : 0;
+	known = bpf_map_lookup_elem(&pids, &pid);
+	nr = known ? UMCG_LOAD(known) : 0; /* once: the element may be another's in a moment */
+	return slot_if_of(nr, p) ? nr : 0;
 }
 
 /* Slot number of a task, 0 for everybody who is not registered. */

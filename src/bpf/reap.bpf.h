@@ -24,7 +24,7 @@ static __always_inline void sweep_slot(u32 nr, u32 periods)
 	if (!p)
 		return;
 	if (custody == UMCG_CUSTODY_PARKED) {
-		sweep_untimed(slot);
+		sweep_timeout(slot);
 		sweep_parked(slot, nr, p, periods);
 	} else {
 		sweep_ready(slot, nr, periods);

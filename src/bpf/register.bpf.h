@@ -2,12 +2,13 @@
 /*
  * How tasks come: UMCG_CTL_REGISTER.
  *
- * A slot is claimed under the lock, filled, and only then published in `tids`; it is taken out of `tids`
+ * A slot is claimed under the lock, filled, and only then published in `pids` and `tids`; it is taken out of these
  * first and given up under the lock last (retire.bpf.h). Who found it in between sees by ref_is() that it is gone.
  */
 #ifndef UMCG_REGISTER_BPF_H
 #define UMCG_REGISTER_BPF_H
 
+#include "retire.bpf.h"
 #include "serve.bpf.h"
 #include "sweep.bpf.h"
 #include "timeout.bpf.h"
@@ -113,7 +114,7 @@ static __always_inline int publish(struct umcg_slot *slot, struct task_struct *p
 			UMCG_STORE(hint, nr);
 		return 0;
 	}
-	bpf_map_delete_elem(&pids, &slot->pid);
+	unpublish(slot, nr);
 	ref = bpf_kptr_xchg(&slot->task, NULL);
 	if (ref)
 		bpf_task_release(ref);
@@ -156,6 +157,8 @@ static int ctl_register(struct umcg_ctl_args *args, struct task_struct *p)
 		return ret;
 	if (!is_server && (!ref_find(&server, args->domain, server_tid) || !ref_is_server(&server)))
 		return -ESRCH;
+	if (UMCG_LOAD(&self.slot->state) != UMCG_FREE)
+		return -EINVAL; /* before its timer is touched, which may be in use */
 	ret = is_server ? init_timeout(self.slot) : 0;
 	if (ret)
 		return ret;

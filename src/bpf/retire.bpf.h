@@ -2,7 +2,7 @@
 /*
  * How tasks go: they unregister, exit or call exec, or they die.
  *
- * A slot is taken out of `tids` and emptied first, and given up under the lock last: see register.bpf.h.
+ * A slot is emptied and taken out of `pids` and `tids` first, and given up under the lock last: see register.bpf.h.
  */
 #ifndef UMCG_RETIRE_BPF_H
 #define UMCG_RETIRE_BPF_H
@@ -27,13 +27,18 @@ static __always_inline void retire_locked(struct umcg_domain *domain, struct umc
 	tell_server(server, &released->told);
 }
 
-/* Unless that is another task's pid by now, which is registered, too. */
-static __always_inline void forget_pid(s32 pid, u32 nr)
+/* Unless its pid or tid is another task's by now, which is registered, too. */
+static __always_inline void unpublish(const struct umcg_slot *slot, u32 nr)
 {
+	struct umcg_tid_key key = { .domain = slot->domain, .tid = slot->tid };
+	s32 pid = slot->pid;
 	u32 *known = bpf_map_lookup_elem(&pids, &pid);
 
 	if (known && *known == nr)
 		bpf_map_delete_elem(&pids, &pid);
+	known = bpf_map_lookup_elem(&tids, &key);
+	if (known && *known == nr)
+		bpf_map_delete_elem(&tids, &key);
 }
 
 /* @surprise: it did not unregister; its server learns of it by the runnable list. */
@@ -41,36 +46,33 @@ static __always_inline int retire(u32 nr, bool surprise)
 {
 	struct umcg_released released = {};
 	struct umcg_ref self, host, server = {};
-	struct umcg_tid_key key = {};
 	struct umcg_domain *domain;
 	struct task_struct *old;
 	u64 now_ns = bpf_ktime_get_ns();
-	u32 server_tid;
+	u32 domain_nr, server_tid;
 
 	if (!ref_get(&self, nr))
 		return -EINVAL;
-	domain = domain_of(self.slot->domain);
+	domain_nr = self.slot->domain;
+	domain = domain_of(domain_nr);
 	if (!domain)
 		return -EINVAL;
 	if (!surprise && UMCG_LOAD(&self.slot->serving))
 		return -EBUSY; /* only its own umcg_wait() can change that to yes */
-	key.domain = self.slot->domain;
-	key.tid = self.slot->tid;
 	server_tid = UMCG_LOAD(&self.cell->task.umcg_server_tid);
-	if (!surprise || server_tid == key.tid || !ref_find(&server, key.domain, server_tid) ||
+	if (!surprise || server_tid == self.slot->tid || !ref_find(&server, domain_nr, server_tid) ||
 	    !ref_is_server(&server))
 		server.slot = NULL;
 
 	/* Empty it before it is free: the next registration may claim it the moment that it is. */
-	bpf_map_delete_elem(&tids, &key);
 	old = bpf_kptr_xchg(&self.slot->task, NULL);
 	if (!old)
 		return -EINVAL; /* somebody else is at it */
-	forget_pid(self.slot->pid, nr);
+	unpublish(self.slot, nr);
 	bpf_task_release(old);
 
 	lock_with_host(domain, &self, &host);
-	if (server.slot && !ref_is(&server, key.domain, server_tid))
+	if (server.slot && !ref_is(&server, domain_nr, server_tid))
 		server.slot = NULL;
 	retire_locked(domain, &self, &host, &server, now_ns, &released);
 	bpf_spin_unlock(&domain->lock);

@@ -238,15 +238,18 @@ void BPF_STRUCT_OPS(umcg_tick, struct task_struct *p)
 }
 
 /*
- * A property of a task that runs on another CPU was changed from here. Only who runs there is noted: what else is noted there belongs
- * to that CPU.
+ * A property of a task that runs on another CPU was changed from here. Only who runs there is noted, if nobody knew: what else is noted
+ * there belongs to that CPU.
  */
 static __always_inline void runs_elsewhere(struct task_struct *p, s32 cpu)
 {
 	struct umcg_cpu_ctx *cctx = cpu_ctx_of(cpu);
+	u32 nr = slot_of(p);
 
-	if (cctx)
-		cctx->current = slot_of(p);
+	if (!cctx || !nr || cctx->current == nr)
+		return; /* who does not seem to be registered may just have noted itself: register.bpf.h */
+	cctx->current = nr;
+	cctx->at_boundary = false;
 }
 
 void BPF_STRUCT_OPS(umcg_running, struct task_struct *p)

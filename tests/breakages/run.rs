@@ -25,7 +25,7 @@ use sha2::{Digest, Sha256};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// Beyond this something hangs that its own limits do not end.
-const VM_LIMIT: Duration = Duration::from_secs(1200);
+const VM_LIMIT: Duration = Duration::from_secs(600);
 const NATIVE_LIMIT: Duration = Duration::from_secs(60);
 const BUILD_LIMIT: Duration = Duration::from_secs(3600);
 

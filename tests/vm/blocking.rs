@@ -271,8 +271,11 @@ fn no_sleep() {
     let server = become_server();
     let counters = Counters::now();
     let worker = spawn_worker(server.tid(), move |_| {
-        for _ in 0..1000 {
+        for round in 0..1000 {
             assert_eq!(nr_ready(&epoll, 0), 0);
+            // The kernel takes the thread out of its queue for that, and puts it back.
+            // SAFETY: takes no pointers.
+            assert_eq!(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, round % 2) }, 0);
             full.write_all(&1_u64.to_ne_bytes()).unwrap();
             full.read_exact(&mut [0; 8]).unwrap();
             futex_call(&AtomicU32::new(1), libc::FUTEX_WAIT, 0); // the word is not 0 any more

@@ -15,7 +15,7 @@ use nix::time::{ClockId, clock_gettime};
 
 use crate::api::NONE;
 use crate::cast::{List, become_server, nr_cpus, open, pin, retire, spawn_worker, wait_until};
-use crate::client::Client;
+use crate::client::{Client, ask_for_domain};
 use crate::harness::{Loader, Test};
 use crate::users::ids;
 
@@ -141,6 +141,9 @@ fn tracepoints() {
         drop(client);
         wait_until("the tracepoints are given back", || nr_links() == alone);
     }
+    drop(ask_for_domain(&loader.socket, 1));
+    wait_until("who hangs up leaves them to the next one", || nr_links() > alone);
+    wait_until("the tracepoints are given back", || nr_links() == alone);
 }
 
 const SCHED_EXT: i32 = 7;

@@ -59,6 +59,18 @@ pub fn bpf(command: u32, attr: &mut Attr) -> i32 {
     if ret < 0 { -std::io::Error::last_os_error().raw_os_error().unwrap_or(0) } else { ret as i32 }
 }
 
+/// Says hello to the loader at `socket`; its answer is on its way.
+pub fn ask_for_domain(socket_path: &Path, max_tasks: u32) -> OwnedFd {
+    let connection = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    connect(connection.as_raw_fd(), &UnixAddr::new(socket_path).unwrap()).unwrap();
+    let hello = umcg_hello { magic: UMCG_MAGIC, abi_version: UMCG_ABI_VERSION, max_tasks, reserved: 0 };
+    // SAFETY: four words without padding; the slice lives no longer than they do.
+    let bytes =
+        unsafe { std::slice::from_raw_parts((&raw const hello).cast::<u8>(), size_of::<umcg_hello>()) };
+    send(connection.as_raw_fd(), bytes, MsgFlags::empty()).unwrap();
+    connection
+}
+
 /// What the loader hands over, and the connection that keeps it.
 pub struct Client {
     pub welcome: umcg_welcome,
@@ -70,14 +82,7 @@ pub struct Client {
 impl Client {
     /// Gets a domain from the loader at `socket`; it is nobody's yet.
     pub fn open(socket_path: &Path, max_tasks: u32) -> Self {
-        let connection =
-            socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
-        connect(connection.as_raw_fd(), &UnixAddr::new(socket_path).unwrap()).unwrap();
-        let hello = umcg_hello { magic: UMCG_MAGIC, abi_version: UMCG_ABI_VERSION, max_tasks, reserved: 0 };
-        // SAFETY: four words without padding; the slice lives no longer than they do.
-        let bytes =
-            unsafe { std::slice::from_raw_parts((&raw const hello).cast::<u8>(), size_of::<umcg_hello>()) };
-        send(connection.as_raw_fd(), bytes, MsgFlags::empty()).unwrap();
+        let connection = ask_for_domain(socket_path, max_tasks);
         let (welcome, [map, control]) = receive(&connection);
         Self { welcome, map, control, _connection: connection }
     }

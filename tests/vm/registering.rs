@@ -4,8 +4,8 @@
 //! The failures this guards against: a struct that is not the domain's own gets into the kernel side's tables; a worker
 //! that ends by surprise leaves its host waiting for ever; a fork or exec inherits what is its parent's.
 
-use std::ffi::CString;
-use std::os::unix::net::UnixListener;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::SeqCst;
@@ -13,12 +13,12 @@ use std::sync::mpsc;
 use std::thread::{JoinHandle, sleep};
 use std::time::Duration;
 
-use nix::unistd::execv;
+use nix::unistd::{dup2_stdin, dup2_stdout, execv};
 
 use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING, umcg_task};
 use crate::cast::{
-    List, Task, become_server, become_worker, gettid, in_child, open, retire, serve_fifo, spawn_server,
-    spawn_worker, wait_until,
+    List, Task, become_server, become_worker, gettid, in_child, open, retire, serve_fifo, spawn,
+    spawn_server, spawn_worker, wait_until,
 };
 use crate::harness::{Test, stat};
 use crate::scene::{assert_only, run_to_end};
@@ -334,28 +334,40 @@ fn forked_worker() {
 
 fn execed() {
     for from_a_worker in [false, true] {
-        in_child(|| {
-            open(4);
-            let server = become_server();
-            let waiting = spawn_worker(server.tid(), |_| {});
-            server.await_runnable(waiting.task);
-            if !from_a_worker {
-                exec_sleep();
-            }
-            let worker = spawn_worker(server.tid(), |_| exec_sleep());
-            serve_fifo(server, &[waiting.task, worker.task]);
-        });
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let child = spawn(move || in_child(|| exec_beside_tasks(from_a_worker, theirs)));
+        let mut answers = || {
+            ours.write_all(b"x").unwrap();
+            ours.read_exact(&mut [0]).unwrap();
+        };
+        answers(); // the new image
         wait_until("nothing is left of the image that is gone", || {
             stat("nr_tasks") == 0 && stat("nr_domains") == 0
         });
+        answers();
+        drop(ours);
+        child.join().unwrap();
     }
 }
 
+fn exec_beside_tasks(from_a_worker: bool, stream: UnixStream) {
+    open(4);
+    let server = become_server();
+    let waiting = spawn_worker(server.tid(), |_| {});
+    server.await_runnable(waiting.task);
+    if !from_a_worker {
+        exec_cat(&stream);
+    }
+    let worker = spawn_worker(server.tid(), move |_| exec_cat(&stream));
+    serve_fifo(server, &[waiting.task, worker.task]);
+}
+
 /// An image that blocks, and would be captured were it a worker still.
-fn exec_sleep() -> ! {
-    let arguments = ["/bin/sleep", "0.2"].map(|argument| CString::new(argument).unwrap());
-    match execv(&arguments[0], &arguments) {
-        Err(errno) => panic!("cannot execute sleep: {errno}"),
+fn exec_cat(stream: &UnixStream) -> ! {
+    dup2_stdin(stream).unwrap();
+    dup2_stdout(stream).unwrap();
+    match execv(c"/bin/cat", &[c"cat"]) {
+        Err(errno) => panic!("cannot execute cat: {errno}"),
         Ok(never) => match never {},
     }
 }

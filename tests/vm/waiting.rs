@@ -12,10 +12,10 @@ use std::sync::mpsc;
 
 use crate::api::{self, BLOCKED, NONE, RUNNABLE, RUNNING};
 use crate::cast::{
-    List, Task, Worker, become_server, nr_cpus, open, retire, spawn_server, spawn_worker, spin_until,
+    List, Task, Worker, become_server, nap, nr_cpus, open, retire, spawn_server, spawn_worker, spin_until,
     wait_until,
 };
-use crate::harness::Test;
+use crate::harness::{Counters, Test};
 
 pub const TESTS: &[Test] = &[
     Test::new("waiting_in_state_running_returns_at_once", running),
@@ -34,6 +34,7 @@ pub const TESTS: &[Test] = &[
     Test::new("of_two_servers_one_gets_the_worker", two_servers).limit_s(300),
     Test::new("a_worker_that_marked_itself_can_be_picked", marked),
     Test::new("kick_ends_the_wait_of_a_server", kick_server),
+    Test::new("a_kicked_server_waits_for_no_sweep", kick_without_sweep),
     Test::new("kick_queues_a_waiting_worker", kick_worker),
     Test::new("kick_leaves_others_alone", kick_others),
 ];
@@ -658,6 +659,31 @@ fn kick_server() {
     assert_eq!(api::kick(tid, 0), -libc::ESRCH);
     assert_eq!(api::kick(NO_TID, 0), -libc::ESRCH);
     assert_eq!(api::kick(tid, 1), -libc::EINVAL);
+}
+
+/// Whoever is released gets a CPU at once; the sweep would find it after 60 ms, and no other test could tell.
+fn kick_without_sweep() {
+    const ROUNDS: u32 = 20;
+    static ROUND: AtomicU32 = AtomicU32::new(0);
+
+    open(1);
+    let server = spawn_server(|task| {
+        for round in 1..=ROUNDS {
+            assert_eq!(task.switch_to(0), 0);
+            ROUND.store(round, SeqCst);
+        }
+    });
+    let counters = Counters::now();
+    for round in 1..=ROUNDS {
+        wait_until("the server waits", || server.task.state() == RUNNABLE);
+        nap(); // it is held by now
+        assert_eq!(api::kick(server.task.tid(), 0), 0);
+        wait_until("the server goes on", || ROUND.load(SeqCst) == round);
+    }
+    server.thread.join().unwrap();
+    let rescues = counters.added("rescues");
+    println!("{rescues} rescues in {ROUNDS} kicks");
+    assert!(rescues < u64::from(ROUNDS) / 2, "it was the sweep that ran them");
 }
 
 fn kick_worker() {
