@@ -224,18 +224,24 @@ fn wait_for(mut child: Child, limit: Duration) -> Result<(), String> {
         }
         if Instant::now() > deadline {
             let threads = where_it_hangs(child.id());
-            // SAFETY: kill(2) on the process group that the child leads.
-            unsafe { libc::kill(-child.id().cast_signed(), libc::SIGKILL) };
+            kill_group(&child);
             let _ = child.wait();
             break Err(format!("hung for {} s:\n{threads}", limit.as_secs()));
         }
         sleep(Duration::from_millis(20));
     };
+    kill_group(&child); // what it has left behind keeps the pipe open
     let _ = printer.join();
     match status? {
         status if status.success() => Ok(()),
         status => Err(format!("{status}")),
     }
+}
+
+/// Ends a test's process, and those that it has started.
+fn kill_group(child: &Child) {
+    // SAFETY: kill(2) on the process group that the child leads.
+    unsafe { libc::kill(-child.id().cast_signed(), libc::SIGKILL) };
 }
 
 /// State and kernel stack of every thread of a process that does not end.
