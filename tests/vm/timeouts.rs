@@ -6,8 +6,8 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -90,7 +90,7 @@ struct Counter {
 }
 
 static CUE: AtomicBool = AtomicBool::new(false);
-static REFUSED: AtomicBool = AtomicBool::new(false);
+static REFUSED: AtomicU32 = AtomicU32::new(0);
 
 impl Counter {
     fn spawn(server: &Task) -> Self {
@@ -136,16 +136,20 @@ fn serving() {
     assert_eq!(server.next_tid.load(SeqCst), other_tid);
     assert_state(other.task, RUNNABLE);
     assert_eq!(api::unregister(server.as_ptr()), -libc::EBUSY);
-    // Nor can it become somebody's worker: its own would be in user code beside it.
+    // Nor can it be run as a server, or become somebody's worker: its own would be in user code beside it.
     let third = spawn_server(|task| {
-        wait_until("the server names it, and marks itself", || server.state() == RUNNABLE);
-        assert_eq!(task.switch_to(server.tid()), -libc::EBUSY, "it serves");
-        REFUSED.store(true, SeqCst);
+        for named in [server.tid(), task.tid()] {
+            let is_ready = || (server.state(), server.server_tid.load(SeqCst)) == (RUNNABLE, named);
+            wait_until("the server names its server, and marks itself", is_ready);
+            assert_eq!(task.switch_to(server.tid()), -libc::EBUSY, "it serves");
+            REFUSED.fetch_add(1, SeqCst);
+        }
         assert_eq!(task.switch_to(0), 0);
     });
-    server.server_tid.store(third.task.tid(), SeqCst);
     server.status.store(RUNNABLE, SeqCst);
-    wait_until("the third is refused", || REFUSED.load(SeqCst));
+    wait_until("the third is refused", || REFUSED.load(SeqCst) == 1);
+    server.server_tid.store(third.task.tid(), SeqCst);
+    wait_until("the third is refused again", || REFUSED.load(SeqCst) == 2);
     assert_state(server, RUNNABLE);
     assert_eq!(wait(server, 0, Duration::ZERO), -libc::EBUSY, "it serves");
     server.server_tid.store(server.tid(), SeqCst);
