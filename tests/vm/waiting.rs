@@ -27,6 +27,7 @@ pub const TESTS: &[Test] = &[
     Test::new("an_event_after_the_mark_makes_the_wait_return", event_after_mark),
     Test::new("the_programs_own_status_bits_survive_a_switch", own_bits),
     Test::new("a_wait_of_a_server_that_fails_changes_nothing", server_errors),
+    Test::new("a_blocked_worker_that_is_called_runnable_cannot_be_run", scribbled),
     Test::new("a_wait_of_a_worker_that_fails_changes_nothing", worker_errors),
     Test::new("of_several_errors_a_server_is_told_one_that_applies", server_combinations),
     Test::new("of_several_errors_a_worker_is_told_one_that_applies", worker_combinations),
@@ -261,6 +262,7 @@ fn own_tid() {
     wait_until("the server waits", || server.task.state() == RUNNABLE);
     std::thread::sleep(std::time::Duration::from_millis(100));
     assert!(!ENDED.load(SeqCst), "the wait ended without an event");
+    assert_eq!(server.task.state(), RUNNABLE);
     assert_eq!(api::kick(server.task.tid(), 0), 0);
     server.thread.join().unwrap();
 }
@@ -389,6 +391,25 @@ fn server_errors() {
     awake.thread.join().unwrap();
 
     other.end();
+    ours.write_all(&[0]).unwrap();
+    me.await_runnable(sleeper.task);
+    me.run(sleeper.task);
+    sleeper.thread.join().unwrap();
+    retire(me);
+}
+
+/// The status word is the program's to write; what the worker does is not in it.
+fn scribbled() {
+    let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+    open(2);
+    let me = become_server();
+    let sleeper = spawn_worker(me.tid(), move |_| theirs.read_exact(&mut [0]).unwrap());
+    me.await_runnable(sleeper.task);
+    run_into_block(me, sleeper.task);
+    sleeper.task.status.store(RUNNABLE, SeqCst);
+    me.next_tid.store(sleeper.task.tid(), SeqCst);
+    me.status.store(RUNNABLE, SeqCst);
+    assert_eq!(api::wait(0, 0), -libc::EBUSY);
     ours.write_all(&[0]).unwrap();
     me.await_runnable(sleeper.task);
     me.run(sleeper.task);
