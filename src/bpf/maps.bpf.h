@@ -54,7 +54,6 @@ struct umcg_slot {
 	bool is_server;	 /* as it named its server when it registered or last waited; under the lock */
 	bool asleep;	 /* went to sleep in a state that does not show it; under the lock */
 	bool in_handler; /* the next rseq update belongs to the delivery of a signal: written by the task itself only */
-	bool untimed;	 /* its wait has a deadline and no timer: for the sweep */
 	bool captured;	 /* WAITING by the kernel side's doing: since_ns counts; under the lock */
 };
 

@@ -62,7 +62,6 @@ static __always_inline int claim_slot(struct umcg_domain *domain, const struct u
 		slot->tid = 0; /* ref_is() nobody yet */
 		slot->deadline_ns = 0;
 		slot->asleep = false;
-		slot->untimed = false;
 		slot->captured = false;
 		ret = 0;
 	}

@@ -110,18 +110,15 @@ static __always_inline bool is_to_be_let_go(struct umcg_slot *slot, const struct
 }
 
 /*
- * The timer of a wait could not be started, because there is none yet or the kernel had no memory for it; or it should have come
- * long ago: the timer of an earlier wait, which starts itself anew, overtook the one that this wait had started.
+ * The timer of a wait should have come a while ago. It could not be started, because there is none yet or the kernel had no memory
+ * for it; or the timer of an earlier wait, which starts itself anew, overtook it.
  */
 static __always_inline void sweep_timeout(struct umcg_slot *slot)
 {
 	u64 deadline_ns = slot->deadline_ns;
 
-	if (!slot->untimed && (!deadline_ns || deadline_ns + SWEEP_PERIOD_NS > bpf_ktime_get_ns()))
-		return;
-	slot->untimed = false; /* first: the next wait may set it meanwhile */
-	if (init_timeout(slot) || !start_timeout(slot))
-		slot->untimed = true;
+	if (deadline_ns && deadline_ns + SWEEP_PERIOD_NS < bpf_ktime_get_ns() && !init_timeout(slot))
+		start_timeout(slot);
 }
 
 static __always_inline void sweep_parked(struct umcg_slot *slot, u32 nr, struct task_struct *p, u32 periods)

@@ -5,8 +5,8 @@
  * A timer is never cancelled: what it finds decides. It counts only if the task still waits and the deadline of
  * *that* wait has passed; a timer left over from an earlier wait finds a later deadline, or none, or nobody waiting.
  *
- * The kernel allocates some 200 bytes for one, so workers have none. Who becomes a server later gets it from the sweep, for
- * there is no memory to be had in umcg_wait(), under the run queue's lock.
+ * The kernel allocates some 200 bytes for one, so workers have none. Who becomes a server later gets it from the sweep, once its
+ * first timeout is overdue, for there is no memory to be had in umcg_wait(), under the run queue's lock.
  */
 #ifndef UMCG_TIMEOUT_BPF_H
 #define UMCG_TIMEOUT_BPF_H
@@ -69,9 +69,10 @@ __noinline u64 deadline_after(u64 timeout_ns)
 	return deadline_ns < now_ns || deadline_ns > END_OF_TIME ? END_OF_TIME : deadline_ns;
 }
 
-static __always_inline bool start_timeout(struct umcg_slot *slot)
+/* It may fail; what is overdue, the sweep starts again. */
+static __always_inline void start_timeout(struct umcg_slot *slot)
 {
-	return !bpf_timer_start(&slot->timer, slot->deadline_ns, BPF_F_TIMER_ABS);
+	bpf_timer_start(&slot->timer, slot->deadline_ns, BPF_F_TIMER_ABS);
 }
 
 #endif /* UMCG_TIMEOUT_BPF_H */

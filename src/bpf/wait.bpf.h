@@ -11,7 +11,6 @@
 #define UMCG_WAIT_BPF_H
 
 #include "serve.bpf.h"
-#include "sweep.bpf.h"
 #include "timeout.bpf.h"
 
 /* start_worker(): the worker was asleep, so it became BLOCKED at once and its host goes on. */
@@ -369,10 +368,8 @@ static __always_inline void umcg_waits(struct task_struct *p, const struct umcg_
 		queue_released(&w.released);
 		return;
 	}
-	if (w.deadline_ns && !start_timeout(w.self.slot)) {
-		w.self.slot->untimed = true;
-		sweep_soon();
-	}
+	if (w.deadline_ns)
+		start_timeout(w.self.slot); /* or the sweep does */
 	scx_bpf_task_set_slice(p, 0);
 	run_released_next(cctx, &w.released);
 }
