@@ -40,6 +40,7 @@ pub const TESTS: &[Test] = &[
     Test::new("a_worker_that_slept_without_locks_stops_as_it_wakes", stops_at_wakeup),
     Test::new("a_worker_that_may_have_locks_stops_before_user_code", stops_at_boundary),
     Test::new("the_host_of_a_worker_that_blocks_goes_on_on_its_cpu", same_cpu),
+    Test::new("blocked_workers_that_nobody_took_stay_on_the_list", nobody_took),
     Test::new("a_worker_that_changes_a_task_of_another_cpu_blocks_as_ever", changes_another),
     Test::new("calls_that_do_not_sleep_are_not_reported", no_sleep),
 ];
@@ -189,6 +190,31 @@ fn mutex_of_a_worker() {
         server.run(worker.task);
         assert_eq!(STEPS.load(SeqCst), steps, "user code of another worker ran");
         assert_state(worker.task, NONE);
+        worker.thread.join().unwrap();
+    }
+    retire(server);
+}
+
+fn nobody_took() {
+    open(4);
+    let server = become_server();
+    let (workers, writers): (Vec<_>, Vec<_>) = (0..3)
+        .map(|_| {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let worker = spawn_worker(server.tid(), move |_| theirs.read_exact(&mut [0]).unwrap());
+            server.await_runnable(worker.task);
+            (worker, ours)
+        })
+        .unzip();
+    for worker in &workers {
+        server.run(worker.task);
+    }
+    let blocked: Vec<_> = server.take(List::Blocked).iter().map(|task| task.tid()).collect();
+    assert_eq!(blocked, workers.iter().map(|worker| worker.task.tid()).collect::<Vec<_>>());
+    for (worker, mut writer) in workers.into_iter().zip(writers) {
+        writer.write_all(&[0]).unwrap();
+        server.await_runnable(worker.task);
+        server.run(worker.task);
         worker.thread.join().unwrap();
     }
     retire(server);
