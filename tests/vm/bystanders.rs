@@ -142,7 +142,9 @@ fn tracepoints() {
         wait_until("the tracepoints are given back", || nr_links() == alone);
     }
     drop(ask_for_domain(&loader.socket, 1));
-    wait_until("who hangs up leaves them to the next one", || nr_links() > alone);
+    wait_until("a domain is opened", || nr_links() > alone);
+    wait_until("and closed", || loader.stat("nr_domains") == 0);
+    assert!(nr_links() > alone, "who hangs up takes the tracepoints along");
     wait_until("the tracepoints are given back", || nr_links() == alone);
 }
 
