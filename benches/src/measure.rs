@@ -191,7 +191,7 @@ impl Bench<'_> {
 
     fn bystander(&self, known: &mut Known, name: &str) -> Result<()> {
         self.note(&mut known.calls, name, &peers::system_call(self.options.rounds));
-        self.note(&mut known.pipes, name, &peers::pipe_pair(self.options.rounds)?);
+        self.note(&mut known.pipes, name, &peers::batch_pipe_pair(self.options.rounds)?);
         Ok(())
     }
 
@@ -208,7 +208,7 @@ impl Bench<'_> {
             named.map(|(name, figure)| (name.clone(), *figure)).collect::<Peers>()
         };
         self.add(&format!("bystander-call{suffix}"), 0, &peers::system_call(rounds), only(&known.calls));
-        self.add(&format!("bystander-pipe{suffix}"), 0, &peers::pipe_pair(rounds)?, only(&known.pipes));
+        self.add(&format!("bystander-pipe{suffix}"), 0, &peers::batch_pipe_pair(rounds)?, only(&known.pipes));
 
         let domain = ours::open(&loader.socket, 16)?;
         let switches = Switches::measure(&domain, rounds)?;

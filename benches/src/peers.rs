@@ -120,6 +120,20 @@ pub(crate) fn pipe_pair(rounds: u32) -> Result<Samples> {
     gate_pair(rounds, Gate::pipe)
 }
 
+/// A pair that one kernel always runs in the same way: under EEVDF it is chance whether a woken thread preempts the one that woke it, and
+/// stays so for thousands of rounds, unless the threads are SCHED_BATCH.
+pub(crate) fn batch_pipe_pair(rounds: u32) -> Result<Samples> {
+    let in_batch = || {
+        // SAFETY: the parameter outlives the call.
+        let set = unsafe {
+            libc::sched_setscheduler(0, libc::SCHED_BATCH, &libc::sched_param { sched_priority: 0 })
+        };
+        ensure!(set == 0, "cannot become SCHED_BATCH: {}", std::io::Error::last_os_error());
+        pipe_pair(rounds)
+    };
+    thread::scope(|scope| scope.spawn(in_batch).join().expect("it does not panic"))
+}
+
 fn gate_pair(rounds: u32, gate: impl Fn() -> Result<Gate>) -> Result<Samples> {
     let (there, back) = (gate()?, gate()?);
     ping_pong(rounds, || there.open(), || back.pass(), || there.pass(), || back.open())
