@@ -155,15 +155,16 @@ impl<'obj> Scheduler<'obj> {
         }
     }
 
-    /// The counters, summed over all CPUs.
+    /// The counters, summed over all CPUs: the first member of each CPU's `struct umcg_cpu_ctx`.
     pub(crate) fn counters(&self) -> Result<umcg_stats> {
         let per_cpu = self
             .skel
             .maps
-            .stats
+            .cpu_ctxs
             .lookup_percpu(&0u32.to_ne_bytes(), MapFlags::ANY)?
             .context("the BPF side has no counters; rebuild scx_umcg")?;
-        Ok(per_cpu.iter().filter_map(|bytes| umcg_stats::from_bytes(bytes)).fold(umcg_stats::default(), add))
+        let first = |cpu_ctx: &Vec<u8>| umcg_stats::from_bytes(cpu_ctx.get(..size_of::<umcg_stats>())?);
+        Ok(per_cpu.iter().filter_map(first).fold(umcg_stats::default(), add))
     }
 
     /// How many tasks are registered in domain number `domain`.

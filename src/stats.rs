@@ -51,7 +51,7 @@ pub(crate) struct Metrics {
     pub(crate) blocked_ns: u64,
     #[stat(desc = "ns that captured workers waited to be run")]
     pub(crate) runnable_ns: u64,
-    #[stat(desc = "held tasks shown to the sched_ext watchdog")]
+    #[stat(desc = "held tasks let go for a moment, for the sched_ext watchdog")]
     pub(crate) refreshes: u64,
     #[stat(desc = "held tasks let go for a signal, job control, ptrace or the freezer")]
     pub(crate) signal_releases: u64,

@@ -54,34 +54,44 @@ static __always_inline bool sleeps_without_locks(struct task_struct *p)
 	return regs && touches_no_file(regs->orig_ax);
 }
 
-static __always_inline void task_sleeps(struct task_struct *p, struct umcg_slot *slot, struct umcg_cpu_ctx *cctx)
+static __always_inline void task_sleeps(struct task_struct *p, struct umcg_slot *slot)
 {
 	struct umcg_released released = {};
 	struct umcg_ref self, host;
 	struct umcg_domain *domain;
+	struct umcg_cpu_ctx *cctx;
 	u64 now_ns = bpf_ktime_get_ns();
-	bool blocked;
+	bool blocked, asleep;
 
-	if (!ref_of(&self, slot, cctx->current))
+	if (!ref_of(&self, slot, note_of(p)))
 		return;
 	domain = domain_of(self.slot->domain);
 	if (!domain)
 		return;
-	cctx->at_boundary = false;
+	slot->boundary = 0;
 	lock_with_host(domain, &self, &host);
 	blocked = worker_blocks(&self, &host, now_ns, &released.host);
-	if (!blocked && self.slot->state != UMCG_BLOCKED)
+	asleep = !blocked && self.slot->state != UMCG_BLOCKED;
+	if (asleep)
 		self.slot->asleep = true;
 	bpf_spin_unlock(&domain->lock);
 
 	/* A held task that sleeps does so deep in the kernel, perhaps with locks: it is held again at the boundary. */
 	custody_unhold(&self.slot->custody);
+	cctx = this_cpu_ctx();
+	if (!cctx)
+		return;
 	if (blocked) {
-		STAT_INC(blocks);
+		cctx->stats.blocks++;
 		if (sleeps_without_locks(p))
-			note_stop_at_wakeup(p);
+			scx_bpf_task_set_slice(p, SLICE_STOP_AT_WAKEUP);
+	} else if (asleep) {
+		scx_bpf_task_set_slice(p, SLICE_LOOK_AT_WAKEUP);
 	}
-	run_released_next(cctx, &released);
+	if (dispatch_is_skipped())
+		queue_released(&released);
+	else
+		run_released_next(cctx, &released);
 }
 
 #endif /* UMCG_BLOCK_BPF_H */

@@ -6,7 +6,7 @@
  * The kernel says "about to return to user mode after having been switched out" in one place only, the rseq
  * update. So:
  *
- *	tp_btf/rseq_update	notes at_boundary and interrupts its own CPU
+ *	tp_btf/rseq_update	notes that it is at the boundary and interrupts its own CPU
  *	ops.dispatch(prev)	finds the note: BLOCKED becomes RUNNABLE, the server is told, prev is to be held
  *	ops.enqueue(prev)	parks it
  *
@@ -17,7 +17,7 @@
  * a switch to it and back. It is still inside its system call then, which it finishes once it is run. If anything of the kernel's
  * waits for it, a signal for instance, it takes the long way.
  *
- * The same road takes a held worker that was let go for a signal, or slept, back to where it may be held.
+ * The same road takes a held worker that was let go for a moment, or slept, back to where it may be held.
  *
  * And it preempts: a RUNNING worker with UMCG_TF_PREEMPT stops where it is about to return to user code, or where
  * the timer tick (ops.tick) finds it there. Never inside the kernel, where it may hold locks.
@@ -33,17 +33,60 @@ extern struct pt_regs *__irq_regs __ksym;
 #define SIGKILL_BIT (1ULL << (9 - 1))
 
 /*
- * A note in a task that sleeps: its time slice, which it does not need now and gets when it is inserted, is one that nobody else has.
- * Spares ops.select_cpu a look into the storage of every task that wakes.
+ * Notes in a task that sleeps, for when it wakes: its time slice, which it does not need now and gets when it is inserted, is one that
+ * nobody else has. What it has had of the CPU is taken off the second one still.
  */
-static __always_inline void note_stop_at_wakeup(struct task_struct *p)
-{
-	scx_bpf_task_set_slice(p, SCX_SLICE_INF);
-}
+#define SLICE_STOP_AT_WAKEUP SCX_SLICE_INF
+#define SLICE_LOOK_AT_WAKEUP (1ULL << 63)
 
 static __always_inline bool stops_at_wakeup(const struct task_struct *p)
 {
-	return p->scx.slice == SCX_SLICE_INF;
+	return p->scx.slice == SLICE_STOP_AT_WAKEUP;
+}
+
+static __always_inline bool is_noted_for_wakeup(const struct task_struct *p)
+{
+	return p->scx.slice > SLICE_LOOK_AT_WAKEUP >> 1;
+}
+
+/* Its task no longer sleeps. In RCU, any context but under the lock. */
+static __always_inline void is_awake(struct umcg_slot *slot)
+{
+	struct umcg_domain *domain;
+
+	if (!slot->asleep)
+		return;
+	domain = domain_of(slot->domain);
+	if (!domain)
+		return;
+	bpf_spin_lock(&domain->lock);
+	slot->asleep = false;
+	bpf_spin_unlock(&domain->lock);
+}
+
+/* How often a task has been switched out, and never 0. It does not change within the schedule() that switches it out the next time. */
+static __always_inline u64 nr_switches_of(const struct task_struct *p)
+{
+	return p->nvcsw + p->nivcsw + 1;
+}
+
+/*
+ * The task that runs is about to return to user code, and is to stop there. An interrupt for that is on its way. Should another class get
+ * the CPU before, the note is void: the task may be anywhere in the kernel when it is next looked at.
+ */
+static __always_inline void note_boundary(struct task_struct *p, struct umcg_slot *slot, struct umcg_cpu_ctx *cctx)
+{
+	slot->boundary = nr_switches_of(p);
+	cctx->stops_here = true;
+}
+
+/* True once for each note. */
+static __always_inline bool is_at_boundary(const struct task_struct *p, struct umcg_slot *slot)
+{
+	u64 noted = slot->boundary;
+
+	slot->boundary = 0;
+	return noted == nr_switches_of(p);
 }
 
 /* Its way leads to do_exit(): never hold it. Every thread of a process that dies has SIGKILL pending. */
@@ -77,7 +120,7 @@ static __always_inline bool wants_capture(const struct umcg_slot *slot, u32 nr)
 	u32 state = UMCG_LOAD(&slot->state);
 
 	if (state == UMCG_WAITING)
-		return !slot->is_server && !custody_is_held(&slot->custody);
+		return !slot->is_server;
 	return state == UMCG_BLOCKED || wants_preemption(slot, nr);
 }
 
@@ -89,6 +132,7 @@ static __always_inline bool capture_locked(struct umcg_ref *self, struct umcg_re
 		custody_hold(&self->slot->custody);
 	if (self->slot->state != UMCG_BLOCKED)
 		return false;
+	self->slot->asleep = false;
 	stop_captured(self, now_ns);
 	if (server->slot && server->nr == self->nr) { /* it names itself: a server from now on, which nobody has to run */
 		self->slot->is_server = true;
@@ -142,20 +186,24 @@ static __always_inline void capture(struct task_struct *p, struct umcg_slot *slo
 SEC("tp_btf/rseq_update")
 int BPF_PROG(umcg_rseq_update, struct task_struct *p)
 {
-	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
-	struct umcg_slot *slot = slot_of_current(cctx, p);
+	struct umcg_slot *slot = slot_of(p);
+	struct umcg_cpu_ctx *cctx;
 
 	if (!slot)
 		return 0;
+	is_awake(slot); /* it may have woken where nobody asked ops.enqueue */
 	if (slot->in_handler) {
 		slot->in_handler = false;
 		return 0;
 	}
 	/* In another class no callback of ours would see it stop. */
-	if (p->scx.flags & SCX_TASK_QUEUED && wants_capture(slot, cctx->current)) {
-		cctx->at_boundary = true;
-		scx_bpf_kick_cpu(bpf_get_smp_processor_id(), SCX_KICK_PREEMPT);
-	}
+	if (!(p->scx.flags & SCX_TASK_QUEUED) || !wants_capture(slot, note_of(p)))
+		return 0;
+	cctx = this_cpu_ctx();
+	if (!cctx)
+		return 0;
+	note_boundary(p, slot, cctx);
+	scx_bpf_kick_cpu(bpf_get_smp_processor_id(), SCX_KICK_PREEMPT);
 	return 0;
 }
 
@@ -175,12 +223,15 @@ static __always_inline bool tick_hit_user(void)
 
 static __always_inline void preempt_at_tick(struct task_struct *p)
 {
-	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
-	struct umcg_slot *slot = slot_of_current(cctx, p);
+	struct umcg_slot *slot = slot_of(p);
+	struct umcg_cpu_ctx *cctx;
 
-	if (!slot || !wants_preemption(slot, cctx->current) || !tick_hit_user())
+	if (!slot || !wants_preemption(slot, note_of(p)) || !tick_hit_user())
 		return;
-	cctx->at_boundary = true;
+	cctx = this_cpu_ctx();
+	if (!cctx)
+		return;
+	note_boundary(p, slot, cctx);
 	scx_bpf_task_set_slice(p, 0);
 }
 
@@ -192,7 +243,7 @@ int BPF_PROG(umcg_signal_deliver, int sig, struct kernel_siginfo *info, struct k
 
 	if (!signal_delivery_updates_rseq() || (u64)ka->sa.sa_handler <= 1) /* SIG_DFL, SIG_IGN */
 		return 0;
-	slot = slot_of_current(this_cpu_ctx(), bpf_get_current_task_btf());
+	slot = slot_of(bpf_get_current_task_btf());
 	if (slot)
 		slot->in_handler = true;
 	return 0;

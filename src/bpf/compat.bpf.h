@@ -33,17 +33,26 @@ static __always_inline bool signal_delivery_updates_rseq(void)
 	return bpf_core_field_exists(struct task_struct___rseq_fields, rseq_event_mask);
 }
 
-/* A signed word in Linux 6.18, a byte in 7.3, and libbpf cannot turn a load of one into a load of the other. */
-struct task_struct___word_on_cpu {
+/* Signed words in Linux 6.18, bytes in 7.3, and libbpf cannot turn a load of one into a load of the other. */
+struct task_struct___words {
 	int on_cpu;
+	int on_rq;
 } __attribute__((preserve_access_index));
 
 /* Whether a CPU runs it, or is switching it out still. */
 static __always_inline bool task_is_on_cpu(const struct task_struct *p)
 {
 	if (bpf_core_field_size(p->on_cpu) == sizeof(int))
-		return ((const struct task_struct___word_on_cpu *)p)->on_cpu;
+		return ((const struct task_struct___words *)p)->on_cpu;
 	return p->on_cpu;
+}
+
+/* Whether it sleeps; one that is just being moved to another CPU does not. */
+static __always_inline bool task_sleeps_now(const struct task_struct *p)
+{
+	if (bpf_core_field_size(p->on_rq) == sizeof(int))
+		return !((const struct task_struct___words *)p)->on_rq;
+	return !p->on_rq;
 }
 
 struct umcg_rseq_area {

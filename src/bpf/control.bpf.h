@@ -44,7 +44,7 @@ static int ctl_attach(struct umcg_ctl_args *args, struct task_struct *p)
 
 static int ctl_unregister(struct task_struct *p)
 {
-	u32 nr = slot_of(p);
+	u32 nr = slot_of_pid(p->pid, p);
 
 	return nr ? retire(nr, false) : -EINVAL;
 }

@@ -8,8 +8,8 @@
  *
  *	          hold()            park()             release()           fetch()
  *	    FREE --------> HOLD -------------> PARKED ------------> READY ----------> FREE
- *	     ^   <--------  |  <-------------
- *	     |    release()      show()
+ *	     ^   <--------  |
+ *	     |    release()
  *	     |    unhold()
  *
  *	FREE	the core has it: it runs, sleeps, or is queued like any other task
@@ -25,7 +25,8 @@
  * The core may take a parked task back at any time (affinity, nice, policy change) and hands it to
  * ops.enqueue again: so park() is to be called in every state. An insertion that was noted before the core
  * took the task back is dropped by the core's own sequence number, and the task comes through ops.enqueue instead. One
- * that was decided before and noted after (a late insertion) runs a task that is held: ops.running sends it back.
+ * that was decided before and noted after (a late insertion) runs a task that is held: it comes as far as one that is let go for a
+ * moment (sweep.bpf.h), and is held there.
  */
 #ifndef UMCG_HOLD_BPF_H
 #define UMCG_HOLD_BPF_H
@@ -75,7 +76,7 @@ static __always_inline bool custody_park(u32 *custody)
 	return false;
 }
 
-/* Each further attempt takes a park() or show() of the same task, a context switch, in between. */
+/* Each further attempt takes a park() of the same task, a context switch, in between. */
 #define UMCG_RELEASE_ATTEMPTS 8
 
 /* Anybody: it may run. True if the caller must see to it that some CPU fetches it. */
@@ -100,12 +101,6 @@ static __always_inline bool custody_release(u32 *custody)
 static __always_inline bool custody_fetch(u32 *custody)
 {
 	return custody_move(custody, UMCG_CUSTODY_READY, UMCG_CUSTODY_FREE);
-}
-
-/* A CPU in ops.dispatch: true if it is to insert the task for a moment; it comes back to be parked. */
-static __always_inline bool custody_show(u32 *custody)
-{
-	return custody_move(custody, UMCG_CUSTODY_PARKED, UMCG_CUSTODY_HOLD);
 }
 
 static __always_inline bool custody_is_held(const u32 *custody)

@@ -131,7 +131,7 @@ struct umcg_stats {
 	uint64_t kicks;		  /* umcg_kick() calls */
 	uint64_t blocked_ns;	  /* from each block to its capture */
 	uint64_t runnable_ns;	  /* from each capture until the worker was run */
-	uint64_t refreshes;	  /* held tasks shown to the sched_ext watchdog */
+	uint64_t refreshes;	  /* held tasks let go for a moment, for the sched_ext watchdog */
 	uint64_t signal_releases; /* held tasks let go for a signal, job control, ptrace or the freezer */
 	uint64_t rescues;	  /* released tasks that no CPU had fetched in time */
 	uint64_t sweeps;	  /* looks at all held tasks */

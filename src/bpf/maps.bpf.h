@@ -2,9 +2,8 @@
 /*
  * Where everything lives, and how to get from one to the other.
  *
- *	task_struct --pids--> slot number --slots[]--> struct umcg_slot (ours alone)
- *	who runs on a CPU --cpu_ctxs--^
- *	                                                            | domain, cell
+ *	task_struct --its note--> slot number --slots[]--> struct umcg_slot (ours alone)
+ *	pid --pids--------------^                                   | domain, cell
  *	                                                            v
  *	               domain_states[] (lock, owner; ours alone)   domains[domain][cell]
  *	                                                            struct umcg_cell (shared with the program)
@@ -51,6 +50,11 @@ struct umcg_slot {
 	u64 addr;	 /* of the struct umcg_task in the process */
 	u64 since_ns;	 /* when it was blocked, or captured: for the statistics; under the lock */
 	u32 periods;	 /* of the sweep since it was parked or released; a lost update costs a period */
+	u64 charged_ns;	 /* sum_exec_runtime up to which its CPU time is paid for */
+	u64 vtime;	 /* virtual time (see policy.bpf.h) of this server and of the workers that it runs; atomics */
+	u32 payer;	 /* slot of the server that ran this worker last, else 0 */
+	u64 boundary;	 /* it is about to return to user code, and to stop there, if it has been switched so often: see is_at_boundary() */
+	u32 unnoted;	 /* the task has no note of this slot yet; exchange */
 	bool is_server;	 /* as it named its server when it registered or last waited; under the lock */
 	bool asleep;	 /* went to sleep in a state that does not show it; under the lock */
 	bool in_handler; /* the next rseq update belongs to the delivery of a signal: written by the task itself only */
@@ -72,16 +76,15 @@ struct umcg_process {
 	bool owns_domain; /* signals for it matter */
 };
 
-/* Hand-over between the callbacks of one schedule() on one CPU, which holds the run queue's lock. */
+/* Hand-over between the callbacks of one schedule() on one CPU, which holds the run queue's lock; and what the CPU counts. */
 struct umcg_cpu_ctx {
-	u32 current;	 /* slot of the task that runs, 0 if it is not registered: see slot_of_current() */
+	struct umcg_stats stats; /* first: the loader reads it */
 	u32 next;	 /* slot that ops.dispatch is to run next */
-	u32 handed_over; /* slot of the task about to run, if it got this CPU from a registered one, else 0 */
-	bool at_boundary; /* the task that runs is about to return to user code, and is to stop there */
-	u64 burst_start_ns; /* scx_bpf_now() when a registered task last got this CPU otherwise */
+	bool stops_here; /* worth a look: the task that runs may be to stop where it is about to return to user code */
+	s32 cut;	 /* pid of a task whose slice was cut and that has not paid for it yet, else 0 */
+	u64 cut_ns;	 /* its sum_exec_runtime at the beginning of that slice */
+	u64 burst_start_ns; /* scx_bpf_now() at the first look at the burst that goes on, 0 before that */
 	u64 burst_jiffies;  /* when that was last compared with the clock */
-	u64 exec_start;	 /* ns: sum_exec_runtime of the task below when it was put on this CPU */
-	s32 counted;	 /* pid of the task that has not paid yet for its time on this CPU, else 0 */
 };
 
 /* Clang describes a type that only a nested map names by a mere forward declaration, unless a variable has it. */
@@ -160,28 +163,6 @@ struct {
 	__type(value, struct umcg_cpu_ctx);
 } cpu_ctxs SEC(".maps");
 
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, u32);
-	__type(value, struct umcg_stats);
-} stats SEC(".maps");
-
-static __always_inline struct umcg_stats *this_stats(void)
-{
-	u32 zero = 0;
-
-	return bpf_map_lookup_elem(&stats, &zero);
-}
-
-#define STAT_ADD(field, n)                             \
-	do {                                           \
-		struct umcg_stats *__st = this_stats(); \
-		if (__st)                              \
-			__st->field += (n);            \
-	} while (0)
-#define STAT_INC(field) STAT_ADD(field, 1)
-
 static __always_inline struct umcg_cpu_ctx *this_cpu_ctx(void)
 {
 	u32 zero = 0;
@@ -189,12 +170,13 @@ static __always_inline struct umcg_cpu_ctx *this_cpu_ctx(void)
 	return bpf_map_lookup_elem(&cpu_ctxs, &zero);
 }
 
-static __always_inline struct umcg_cpu_ctx *cpu_ctx_of(s32 cpu)
-{
-	u32 zero = 0;
-
-	return bpf_map_lookup_percpu_elem(&cpu_ctxs, &zero, cpu);
-}
+#define STAT_ADD(field, n)                                   \
+	do {                                                 \
+		struct umcg_cpu_ctx *__cctx = this_cpu_ctx(); \
+		if (__cctx)                                  \
+			__cctx->stats.field += (n);          \
+	} while (0)
+#define STAT_INC(field) STAT_ADD(field, 1)
 
 static __always_inline struct umcg_domain *domain_of(u32 domain)
 {
@@ -215,17 +197,30 @@ static __always_inline struct umcg_slot *slot_if_of(u32 nr, const struct task_st
 }
 
 /*
- * The slot of a task that runs on this CPU or is just being switched out, NULL for everybody who is not registered.
- * ops.running notes its number, so that the callbacks of a switch do not each look it up. A note may be out of date (the task has
- * gone, or another class has the CPU): whose slot it is decides.
+ * A task's note: the number of its slot, in the low bits of its virtual time, where every callback finds it at the price of a load
+ * (a hash map asks twenty times that). Above it the virtual time goes on in coarser units, and orders the queue as it did.
  */
-static __always_inline struct umcg_slot *slot_of_current(const struct umcg_cpu_ctx *cctx, const struct task_struct *p)
+#define NOTE_BITS 21 /* the largest --max-tasks fits */
+#define NOTE_MASK ((1ULL << NOTE_BITS) - 1)
+
+static __always_inline u32 note_of(const struct task_struct *p)
 {
-	return cctx ? slot_if_of(cctx->current, p) : NULL;
+	return p->scx.dsq_vtime & NOTE_MASK;
 }
 
-/* Registered tasks of all domains; atomics. */
-u32 nr_registered;
+static __always_inline void set_note(struct task_struct *p, u32 nr)
+{
+	scx_bpf_task_set_dsq_vtime(p, (p->scx.dsq_vtime & ~NOTE_MASK) | nr);
+}
+
+/* Slot of a task, NULL for everybody who is not registered. A note may be out of date: whose slot it is decides. */
+static __always_inline struct umcg_slot *slot_of(const struct task_struct *p)
+{
+	return slot_if_of(note_of(p), p);
+}
+
+/* Registered tasks of all domains, and those of them that have no note yet; atomics. */
+u32 nr_registered, nr_unnoted;
 
 /* Slot number of a task that registered with this @pid, else 0. */
 static __always_inline u32 slot_of_pid(s32 pid, const struct task_struct *p)
@@ -239,10 +234,43 @@ static __always_inline u32 slot_of_pid(s32 pid, const struct task_struct *p)
 	return slot_if_of(nr, p) ? nr : 0;
 }
 
-/* Slot number of a task, 0 for everybody who is not registered. */
-static __always_inline u32 slot_of(const struct task_struct *p)
+/* The kernel lets nobody but the callbacks of a scheduler write a note: the task gets it where it stops for the first time. */
+static __always_inline void is_to_be_noted(struct umcg_slot *slot)
 {
-	return slot_of_pid(p->pid, p);
+	if (!UMCG_XCHG(&slot->unnoted, 1))
+		__sync_fetch_and_add(&nr_unnoted, 1);
+}
+
+/* It has its note, or needs none any more. */
+static __always_inline void is_noted(struct umcg_slot *slot)
+{
+	if (UMCG_XCHG(&slot->unnoted, 0))
+		__sync_fetch_and_add(&nr_unnoted, -1);
+}
+
+/* Global for the reason that slot_of_tid() gives. */
+__noinline u32 unnoted_slot_of(s32 pid)
+{
+	u32 *known = bpf_map_lookup_elem(&pids, &pid);
+
+	return known ? UMCG_LOAD(known) : 0;
+}
+
+/* slot_of() for the callbacks in which a task stops, or comes to be queued: who has just registered gets the note. */
+static __always_inline struct umcg_slot *noted_slot_of(struct task_struct *p)
+{
+	struct umcg_slot *slot = slot_of(p);
+	u32 nr;
+
+	if (slot || !UMCG_LOAD(&nr_unnoted))
+		return slot;
+	nr = unnoted_slot_of(p->pid);
+	slot = slot_if_of(nr, p);
+	if (!slot)
+		return NULL;
+	set_note(p, nr);
+	is_noted(slot);
+	return slot;
 }
 
 /* How often a look-up is repeated that the lock then shows to be outdated; each takes a race of its own. */
@@ -300,6 +328,11 @@ static __always_inline bool ref_get_any(struct umcg_ref *ref, u32 nr, void *cell
 	return ref->cell != NULL;
 }
 
+static __always_inline bool slot_has_tid(const struct umcg_slot *slot, u32 domain, u32 tid)
+{
+	return slot && slot->tid == tid && slot->domain == domain && slot->state != UMCG_FREE;
+}
+
 static __always_inline u32 *tid_hint(u32 domain, u32 tid)
 {
 	u32 index = (tid ^ domain * 41) % UMCG_TID_HINTS; /* tids of a process follow each other, those of others are near */
@@ -315,15 +348,26 @@ __noinline u32 slot_of_tid(u32 domain, u32 tid)
 {
 	struct umcg_tid_key key = { .domain = domain, .tid = tid };
 	u32 *nr = tid_hint(domain, tid);
-	struct umcg_slot *slot;
 
 	if (!tid || !nr)
 		return 0;
-	slot = slot_at(*nr);
-	if (slot && slot->tid == tid && slot->domain == domain && slot->state != UMCG_FREE)
+	if (slot_has_tid(slot_at(*nr), domain, tid))
 		return *nr;
 	nr = bpf_map_lookup_elem(&tids, &key);
 	return nr ? *nr : 0;
+}
+
+/* ref_get_any() of a tid: what the hint says, if it is right, without a call. */
+static __always_inline bool ref_find_any(struct umcg_ref *ref, u32 domain, u32 tid, void *cells)
+{
+	u32 *hint = tid_hint(domain, tid);
+
+	ref->nr = hint ? *hint : 0;
+	ref->slot = bpf_map_lookup_elem(&slots, &ref->nr);
+	if (!slot_has_tid(ref->slot, domain, tid))
+		return ref_get_any(ref, slot_of_tid(domain, tid), cells);
+	ref->cell = cell_in(cells, ref->slot->cell);
+	return ref->cell != NULL;
 }
 
 /* Looks a tid up in a domain. Under the lock, ref_is() tells whether it is still that task. */
@@ -354,7 +398,7 @@ bool epoch_over;
 /* First illegal edge ever asked for, (from << 8 | to) + 1. */
 u32 illegal_edge;
 
-/* The only writer of slot->state. Under the lock, where scx_bpf_error() may not be called: report_bugs() does. */
+/* The only writer of slot->state. Under the lock, where scx_bpf_error() may not be called: the sweep does, by report_bugs(). */
 static __always_inline void set_state(struct umcg_slot *slot, u32 to)
 {
 	if (!state_may_become(slot->state, to) && !illegal_edge)

@@ -3,8 +3,8 @@
  * The policy for everybody who is not held: weighted virtual time on one shared queue.
  *
  * Whoever used the least CPU time for its weight runs next, for a slice; a task that wakes goes to an idle CPU
- * at once if there is one. Registered tasks compete as everybody else does when they run or want to run. What they
- * hand to each other directly is one *burst*, which lasts a slice like anybody's (see burst_is_over()), so that
+ * at once if there is one. To the queue a server and the workers that it runs are one task, of the server's weight, so that a program
+ * gets what its servers would get, however many workers they have. What they hand to each other directly is one *burst*, which lasts a slice like anybody's (see burst_is_over()), so that
  * a pair that switches for ever takes turns with its neighbours.
  */
 #ifndef UMCG_POLICY_BPF_H
@@ -17,6 +17,13 @@
 /* The lightest tasks pay a hundredfold; what they owe is bounded, or the watchdog finds them before their turn comes. */
 #define MAX_SLICES_AHEAD 50
 
+/*
+ * The slice that a task is given. The core ends one at the first tick after it is used up, without a word on how much too late, up to 4 ms
+ * at 250 Hz; and who pays for less than it had gets more than its share. So there is room in it that nobody uses, and ops.tick ends it.
+ */
+#define SLICE_ROOM (1ULL << 40)
+#define SLICE (SLICE_ROOM + slice_ns)
+
 /* For a task that was just queued: @p's CPU may be about to idle, and is not idle yet to scx_bpf_pick_idle_cpu(). */
 static __always_inline void wake_cpu_for(struct task_struct *p)
 {
@@ -25,7 +32,18 @@ static __always_inline void wake_cpu_for(struct task_struct *p)
 	scx_bpf_kick_cpu(cpu >= 0 ? cpu : scx_bpf_task_cpu(p), SCX_KICK_IDLE);
 }
 
-/* The virtual time of the queue: that of the task that started last. */
+/*
+ * Virtual time is in these units, above a task's note (see maps.bpf.h): it goes round within a week, and is only ever compared. That of
+ * registered tasks is in the slots.
+ */
+#define VTIME_UNIT_NS 64
+
+static __always_inline u64 vtime_of(u64 weighted_ns)
+{
+	return weighted_ns / VTIME_UNIT_NS << NOTE_BITS;
+}
+
+/* The virtual time of the queue: that of the task that had a CPU last; without a note. */
 u64 vtime_now;
 
 static __always_inline bool vtime_before(u64 a, u64 b)
@@ -33,24 +51,43 @@ static __always_inline bool vtime_before(u64 a, u64 b)
 	return (s64)(a - b) < 0;
 }
 
-static __always_inline void insert_shared(struct task_struct *p, u64 enq_flags)
+/* Who slept for long may claim one slice of it, no more; and nobody owes more than the bound. */
+static __always_inline u64 vtime_in_bounds(u64 vtime)
 {
-	u64 vtime = p->scx.dsq_vtime;
+	u64 earliest = vtime_now - vtime_of(slice_ns), latest = vtime_now + vtime_of(MAX_SLICES_AHEAD * slice_ns);
 
-	/* Who slept for long may claim one slice of it, no more. */
-	if (vtime_before(vtime, vtime_now - slice_ns))
-		vtime = vtime_now - slice_ns;
-	scx_bpf_dsq_insert_vtime(p, SHARED_DSQ, slice_ns, vtime, enq_flags);
+	if (vtime_before(vtime, earliest))
+		return earliest;
+	return vtime_before(latest, vtime) ? latest : vtime;
 }
 
-static __always_inline void policy_enqueue(struct task_struct *p, u64 enq_flags)
+/* Whoever answers for a registered task in the queue: a worker is charged to the server that runs it, or ran it last. */
+static __always_inline struct umcg_slot *payer_of(struct umcg_slot *slot)
+{
+	struct umcg_slot *payer = slot->is_server ? NULL : slot_at(slot->payer);
+
+	return payer && payer->domain == slot->domain && payer->state != UMCG_FREE ? payer : slot;
+}
+
+/* @slot is @p's, or NULL. */
+static __always_inline void insert_shared(struct task_struct *p, struct umcg_slot *slot, u64 enq_flags)
+{
+	struct umcg_slot *payer = slot ? payer_of(slot) : NULL;
+	u64 vtime = vtime_in_bounds(payer ? payer->vtime : p->scx.dsq_vtime & ~NOTE_MASK);
+
+	if (payer)
+		payer->vtime = vtime;
+	scx_bpf_dsq_insert_vtime(p, SHARED_DSQ, SLICE, vtime | note_of(p), enq_flags);
+}
+
+static __always_inline void policy_enqueue(struct task_struct *p, struct umcg_slot *slot, u64 enq_flags)
 {
 	/* A kernel thread of one CPU is short and urgent. */
 	if (p->flags & PF_KTHREAD && p->nr_cpus_allowed == 1) {
-		scx_bpf_dsq_insert(p, SCX_DSQ_LOCAL, slice_ns, enq_flags);
+		scx_bpf_dsq_insert(p, SCX_DSQ_LOCAL, SLICE, enq_flags);
 		return;
 	}
-	insert_shared(p, enq_flags);
+	insert_shared(p, slot, enq_flags);
 	/* With SCX_ENQ_LAST the CPU is on its way to idle and looks no more; a task that wakes has had its CPU chosen. */
 	if (enq_flags & SCX_ENQ_LAST)
 		scx_bpf_kick_cpu(scx_bpf_task_cpu(p), 0);
@@ -58,13 +95,83 @@ static __always_inline void policy_enqueue(struct task_struct *p, u64 enq_flags)
 		wake_cpu_for(p);
 }
 
+/* What @used_ns of a task that began with @vtime add to that. */
+static __always_inline u64 price_of(u64 used_ns, u64 vtime, u32 weight)
+{
+	if (used_ns && vtime_before(vtime_now, vtime))
+		vtime_now = vtime;
+	return vtime_of(used_ns * WEIGHT_DEFAULT / weight);
+}
+
+static __always_inline void pay(struct task_struct *p, u64 used_ns)
+{
+	u64 vtime = p->scx.dsq_vtime;
+
+	scx_bpf_task_set_dsq_vtime(p, vtime + price_of(used_ns, vtime & ~NOTE_MASK, p->scx.weight));
+}
+
+static __always_inline void charge_to(struct umcg_slot *payer, const struct task_struct *p, u64 used_ns)
+{
+	struct task_struct *server = payer->task;
+
+	__sync_fetch_and_add(&payer->vtime, price_of(used_ns, payer->vtime, server ? server->scx.weight : p->scx.weight));
+}
+
+/* What @p has had of its slice, as far as the core has counted; 0 if it has none of ours. */
+static __always_inline u64 slice_used_ns(const struct task_struct *p)
+{
+	u64 used_ns = SLICE - p->scx.slice;
+
+	return used_ns < SLICE_ROOM / 2 ? used_ns : 0;
+}
+
+/* The task that runs has had its slice, or gives it away. What it has had in the end is known when it is queued. */
+static __always_inline void cut_slice(struct task_struct *p, struct umcg_cpu_ctx *cctx)
+{
+	cctx->cut = p->pid;
+	cctx->cut_ns = p->se.sum_exec_runtime - slice_used_ns(p);
+	scx_bpf_task_set_slice(p, 0);
+}
+
+static __always_inline void policy_tick(struct task_struct *p)
+{
+	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
+
+	if (cctx && p->scx.slice < SLICE - slice_ns)
+		cut_slice(p, cctx);
+}
+
+/*
+ * @p pays for the CPU time that it has had since it paid last. To be called wherever it is given a new slice. That is late for who
+ * sleeps, but then nobody asks; ops.stopping, which comes in time, costs as much again as all that is done there.
+ *
+ * What is gone of its slice tells, and costs no look into a map; but the slice of a registered task ends early and often, and holds
+ * notes, so of those the slot tells. @cctx is only needed for whose slice was cut, and so not at a wake-up.
+ */
+static __always_inline void policy_charge(struct task_struct *p, struct umcg_slot *slot, struct umcg_cpu_ctx *cctx)
+{
+	u64 now_ns = p->se.sum_exec_runtime;
+
+	if (slot) {
+		charge_to(payer_of(slot), p, now_ns - slot->charged_ns);
+		slot->charged_ns = now_ns;
+	} else if (cctx && cctx->cut == p->pid) {
+		cctx->cut = 0;
+		pay(p, now_ns - cctx->cut_ns);
+	} else {
+		pay(p, slice_used_ns(p));
+	}
+}
+
 static __always_inline s32 policy_select_cpu(struct task_struct *p, s32 prev_cpu, u64 wake_flags)
 {
 	bool is_idle = false;
 	s32 cpu = scx_bpf_select_cpu_dfl(p, prev_cpu, wake_flags, &is_idle);
 
-	if (is_idle)
-		scx_bpf_dsq_insert(p, SCX_DSQ_LOCAL, slice_ns, 0);
+	if (is_idle) {
+		policy_charge(p, slot_of(p), NULL);
+		scx_bpf_dsq_insert(p, SCX_DSQ_LOCAL, SLICE, 0);
+	}
 	return cpu;
 }
 
@@ -80,44 +187,22 @@ static __always_inline bool burst_is_over(struct umcg_cpu_ctx *cctx)
 		return false;
 	cctx->burst_jiffies = jiffies;
 	now_ns = scx_bpf_now();
+	if (!cctx->burst_start_ns)
+		cctx->burst_start_ns = now_ns;
 	return now_ns - cctx->burst_start_ns >= slice_ns && scx_bpf_dsq_nr_queued(SHARED_DSQ);
 }
 
-static __always_inline void policy_running(struct task_struct *p, struct umcg_cpu_ctx *cctx)
+/* ops.dispatch hands this CPU to whoever queues. */
+static __always_inline void end_burst(struct umcg_cpu_ctx *cctx)
 {
-	if (cctx->counted != p->pid) { /* else another class had the CPU meanwhile */
-		cctx->counted = p->pid;
-		cctx->exec_start = p->se.sum_exec_runtime;
-	}
-	if (vtime_before(vtime_now, p->scx.dsq_vtime))
-		vtime_now = p->scx.dsq_vtime;
+	cctx->burst_start_ns = 0;
 }
 
-/*
- * @p pays for the CPU time that it has had, and for @running_ns that the core has not added up yet. To be called wherever it stops and
- * may be queued next. That is what ops.stopping is for, which costs as much again as all that is done there.
- */
-static __always_inline void policy_charge(struct task_struct *p, struct umcg_cpu_ctx *cctx, u64 running_ns)
+/* Nobody else wants this CPU: the task that has used up its slice gets another one. */
+static __always_inline void keep_running(struct task_struct *p, struct umcg_slot *slot, struct umcg_cpu_ctx *cctx)
 {
-	u64 used_ns, vtime;
-
-	if (cctx->counted != p->pid)
-		return; /* it has not run, or has paid */
-	cctx->counted = 0;
-	used_ns = p->se.sum_exec_runtime - cctx->exec_start + running_ns;
-	vtime = p->scx.dsq_vtime + used_ns * WEIGHT_DEFAULT / p->scx.weight;
-	if (vtime_before(vtime_now + MAX_SLICES_AHEAD * slice_ns, vtime))
-		vtime = vtime_now + MAX_SLICES_AHEAD * slice_ns;
-	scx_bpf_task_set_dsq_vtime(p, vtime);
-}
-
-/* As the task that runs goes to sleep: what it has had of this CPU since the core looked last. */
-static __always_inline u64 running_ns(const struct task_struct *p)
-{
-	const struct rq *rq = bpf_this_cpu_ptr(&runqueues);
-	s64 ns = rq->clock_task - p->se.exec_start;
-
-	return ns > 0 ? ns : 0;
+	policy_charge(p, slot, cctx);
+	scx_bpf_task_set_slice(p, SLICE);
 }
 
 #endif /* UMCG_POLICY_BPF_H */

@@ -83,6 +83,17 @@ static __always_inline void run_released_next(struct umcg_cpu_ctx *cctx, const s
 		queue_slots(started, host, told);
 }
 
+/*
+ * The local queue has a task, so the core will run that one and not ask ops.dispatch. To be asked where a task goes to sleep; where it
+ * does not, ops.enqueue sees by queue_unasked_next() that nobody asked.
+ */
+static __always_inline bool dispatch_is_skipped(void)
+{
+	const struct rq *rq = bpf_this_cpu_ptr(&runqueues);
+
+	return rq->scx.local_dsq.nr;
+}
+
 /* The local queue had a task, or another class, so the core did not ask ops.dispatch: let the other CPUs have it. */
 static __always_inline void queue_unasked_next(struct umcg_cpu_ctx *cctx)
 {
@@ -94,15 +105,10 @@ static __always_inline void queue_unasked_next(struct umcg_cpu_ctx *cctx)
 	queue_slot(nr);
 }
 
-/*
- * ops.dispatch: what a slot's custody asks for. The task that the caller is to insert now, or NULL. A parked one, too: for the
- * watchdog's eyes, and ops.running sends it back (see sweep.bpf.h).
- */
-static __always_inline struct task_struct *fetch_slot(u32 nr)
+/* ops.dispatch: the task of a @slot that the caller is to insert now, or NULL. */
+static __always_inline struct task_struct *fetch(struct umcg_slot *slot)
 {
-	struct umcg_slot *slot = slot_at(nr);
-
-	if (!slot || (!custody_fetch(&slot->custody) && !custody_show(&slot->custody)))
+	if (!slot || !custody_fetch(&slot->custody))
 		return NULL;
 	return slot->task;
 }
@@ -113,6 +119,7 @@ static __always_inline struct task_struct *fetch_slot(u32 nr)
 /* Puts released tasks where everybody queues: whoever is not handed a CPU directly competes for one like others. */
 static __always_inline void drain_ready(void)
 {
+	struct umcg_slot *slot;
 	struct task_struct *p;
 	u32 nr;
 	int i;
@@ -121,9 +128,10 @@ static __always_inline void drain_ready(void)
 		if (bpf_map_pop_elem(&ready, &nr))
 			return;
 		__sync_fetch_and_add(&nr_ready, -1);
-		p = fetch_slot(nr);
+		slot = slot_at(nr);
+		p = fetch(slot);
 		if (p)
-			insert_shared(p, 0);
+			insert_shared(p, slot, 0);
 	}
 }
 

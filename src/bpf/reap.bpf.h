@@ -61,6 +61,7 @@ static int sweep(void *map, u32 *key, struct umcg_sweep *timer)
 
 	if (UMCG_LOAD(&epoch_over))
 		return 0;
+	report_bugs();
 	UMCG_XCHG(&sweep_asked, 0); /* from here on a request is for the next round */
 	if (now_ns - period_ns >= SWEEP_PERIOD_NS) {
 		period_ns = now_ns;

@@ -120,15 +120,6 @@ static __always_inline int publish(struct umcg_slot *slot, struct task_struct *p
 	return -ENOMEM;
 }
 
-/* It runs, and ops.running came before. The control program does not leave its CPU. */
-static __always_inline void note_current(u32 nr)
-{
-	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
-
-	if (cctx)
-		cctx->current = nr;
-}
-
 static int ctl_register(struct umcg_ctl_args *args, struct task_struct *p)
 {
 	struct umcg_domain *domain = own_domain(args->domain, p);
@@ -139,7 +130,7 @@ static int ctl_register(struct umcg_ctl_args *args, struct task_struct *p)
 
 	if (!domain || args->slot - 1 >= domain->nr_slots)
 		return -EFAULT;
-	if (slot_of(p))
+	if (slot_of_pid(p->pid, p))
 		return -EEXIST;
 	first_slot = domain->first_slot;
 	nr = first_slot + args->slot - 1;
@@ -170,17 +161,22 @@ static int ctl_register(struct umcg_ctl_args *args, struct task_struct *p)
 	self.slot->addr = args->addr;
 	self.slot->in_handler = false;
 	self.slot->seen_signals = 0;
+	self.slot->charged_ns = p->se.sum_exec_runtime;
+	self.slot->vtime = p->scx.dsq_vtime & ~NOTE_MASK;
+	self.slot->payer = 0;
+	self.slot->boundary = 0;
 	self.slot->tid = tid;
 	self.slot->pid = p->pid;
 	self.cell->task.umcg_tid = tid;
-	__sync_fetch_and_add(&nr_registered, 1); /* before slot_of() is to find it */
+	__sync_fetch_and_add(&nr_registered, 1); /* before slot_of_pid() is to find it */
 	ret = publish(self.slot, p, nr);
 	if (ret) {
 		__sync_fetch_and_add(&nr_registered, -1);
 		unclaim_slot(domain, self.slot);
 		return ret;
 	}
-	note_current(nr);
+	if (note_of(p) != nr)
+		is_to_be_noted(self.slot);
 	need_sweep();
 	STAT_INC(registrations);
 	if (!is_server)

@@ -69,6 +69,7 @@ static __always_inline int retire(u32 nr, bool surprise)
 	if (!old)
 		return -EINVAL; /* somebody else is at it */
 	unpublish(self.slot, nr);
+	is_noted(self.slot);
 	bpf_task_release(old);
 
 	lock_with_host(domain, &self, &host);
@@ -91,7 +92,7 @@ static __always_inline void retire_by_surprise(u32 nr)
 SEC("tp_btf/sched_process_exit")
 int BPF_PROG(umcg_task_exit, struct task_struct *p)
 {
-	retire_by_surprise(slot_of(p));
+	retire_by_surprise(slot_of_pid(p->pid, p));
 	return 0;
 }
 

@@ -3,10 +3,8 @@
  * The sweep: a timer that looks at every held task, for what no callback tells.
  *
  * - The watchdog of sched_ext ejects a scheduler one of whose runnable tasks has not run for a while, and a
- *   held task counts as runnable. So each is *shown* to it about once a second: ops.dispatch inserts it, and
- *   ops.running, finding it held, interrupts its own CPU; the interrupt arrives as soon as the switch is over,
- *   and the task is switched out and parked again without having left schedule(). Once a second rather than
- *   just below the watchdog's limit, because a grace period of RCU tasks waits for every one of them, too.
+ *   held task counts as runnable. So each is let go about once a second, as for a signal (below), and comes no further. Once a
+ *   second rather than just below the watchdog's limit, because a grace period of RCU tasks waits for every one of them, too.
  * - A signal, fatal or not, wakes a task that sleeps, and does nothing to one that is runnable; so do job control,
  *   ptrace and the freezer. A held task with anything of the kind pending is let go, its state unchanged: it does
  *   inside the kernel what is asked of it, and is held again at the boundary (a worker: capture.bpf.h), or runs
@@ -24,7 +22,7 @@
 
 #define SWEEP_PERIOD_NS (20ULL * 1000 * 1000)
 #define SWEEP_GAP_NS (1000ULL * 1000) /* from one round to the next at least, whatever asks for it */
-#define PERIODS_UNTIL_SHOWN 50 /* one second */
+#define PERIODS_UNTIL_LET_GO 50 /* one second */
 #define PERIODS_UNTIL_RESCUED 3
 
 struct umcg_sweep {
@@ -121,21 +119,27 @@ static __always_inline void sweep_timeout(struct umcg_slot *slot)
 		start_timeout(slot);
 }
 
+static __always_inline bool let_go(struct umcg_slot *slot, u32 nr)
+{
+	if (!custody_release(&slot->custody))
+		return false;
+	queue_slot(nr);
+	return true;
+}
+
 static __always_inline void sweep_parked(struct umcg_slot *slot, u32 nr, struct task_struct *p, u32 periods)
 {
 	if (is_to_be_let_go(slot, p, periods)) {
-		if (custody_release(&slot->custody)) {
+		if (let_go(slot, nr))
 			STAT_INC(signal_releases);
-			queue_slot(nr);
-		}
 		return;
 	}
 	slot->periods += periods;
-	if (slot->periods < PERIODS_UNTIL_SHOWN)
+	if (slot->periods < PERIODS_UNTIL_LET_GO)
 		return;
 	slot->periods = 0;
-	STAT_INC(refreshes);
-	queue_slot(nr);
+	if (let_go(slot, nr))
+		STAT_INC(refreshes);
 }
 
 static __always_inline void sweep_ready(struct umcg_slot *slot, u32 nr, u32 periods)

@@ -57,19 +57,19 @@ static __always_inline bool is_wait(const struct umcg_ref *self)
 bool BPF_STRUCT_OPS(umcg_yield, struct task_struct *from, struct task_struct *to)
 {
 	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
-	struct umcg_slot *slot = slot_of_current(cctx, from);
+	struct umcg_slot *slot = noted_slot_of(from);
 	struct umcg_ref self = { .slot = slot };
 	void *cells;
 
-	if (to)
+	if (to || !cctx)
 		return false; /* yield_to() is KVM's; there is no hand-over to arbitrary tasks */
 	if (slot) {
-		self.nr = cctx->current;
+		self.nr = note_of(from);
 		cells = cells_of(slot->domain);
 		self.cell = cell_in(cells, slot->cell);
 	}
 	if (!self.cell)
-		scx_bpf_task_set_slice(from, 0);
+		cut_slice(from, cctx);
 	else if (is_wait(&self))
 		umcg_waits(from, &self, cells, cctx);
 	else
@@ -79,8 +79,8 @@ bool BPF_STRUCT_OPS(umcg_yield, struct task_struct *from, struct task_struct *to
 
 s32 BPF_STRUCT_OPS(umcg_select_cpu, struct task_struct *p, s32 prev_cpu, u64 wake_flags)
 {
-	if (stops_at_wakeup(p))
-		return prev_cpu; /* it needs none */
+	if (is_noted_for_wakeup(p))
+		return prev_cpu; /* ops.enqueue is to see it */
 	return policy_select_cpu(p, prev_cpu, wake_flags);
 }
 
@@ -99,49 +99,48 @@ static __always_inline bool hold_registered(struct task_struct *p, struct umcg_s
 	return true;
 }
 
-static __always_inline void capture_queued(struct task_struct *p, struct umcg_slot *slot, u32 nr)
+static __always_inline void capture_queued(struct task_struct *p, struct umcg_slot *slot)
 {
 	struct umcg_released released = {};
 
-	capture(p, slot, nr, &released);
+	capture(p, slot, note_of(p), &released);
 	queue_released(&released);
+}
+
+/* A registered task that ops.dispatch was not asked about, because the local queue had a task; or it wakes, or is handed back. */
+static __always_inline bool stops_now(struct task_struct *p, struct umcg_slot *slot, u64 *enq_flags)
+{
+	bool stops = is_at_boundary(p, slot);
+
+	if (is_noted_for_wakeup(p)) {
+		stops = stops_at_wakeup(p) && !wanted_by_kernel(p, 0);
+		scx_bpf_task_set_slice(p, SLICE); /* the note has been read */
+		is_awake(slot);
+		*enq_flags &= ~SCX_ENQ_WAKEUP; /* no CPU was chosen for it */
+	}
+	return stops;
 }
 
 void BPF_STRUCT_OPS(umcg_enqueue, struct task_struct *p, u64 enq_flags)
 {
 	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
-	struct umcg_slot *slot = slot_of_current(cctx, p);
-	bool stops;
-	u32 nr;
+	struct umcg_slot *slot = noted_slot_of(p);
 
 	if (!cctx)
 		return;
-	policy_charge(p, cctx, 0);
-	nr = cctx->current;
-	stops = slot && cctx->at_boundary; /* ops.dispatch was not asked: the local queue had a task */
-	if (stops)
-		cctx->at_boundary = false;
-	if (!slot) { /* it wakes, or is handed back */
-		nr = slot_of(p);
-		slot = slot_at(nr);
-	}
-	if (slot && stops_at_wakeup(p)) {
-		scx_bpf_task_set_slice(p, slice_ns); /* the note has been read */
-		stops = !wanted_by_kernel(p, 0);
-		enq_flags &= ~SCX_ENQ_WAKEUP; /* no CPU was chosen for it */
-	}
-	if (slot && stops)
-		capture_queued(p, slot, nr);
+	policy_charge(p, slot, cctx);
+	if (slot && stops_now(p, slot, &enq_flags))
+		capture_queued(p, slot);
 	queue_unasked_next(cctx);
 	if (slot && hold_registered(p, slot))
 		return;
-	policy_enqueue(p, enq_flags);
+	policy_enqueue(p, slot, enq_flags);
 }
 
 /*
  * The core ejects a scheduler that puts a task on the local queue of a CPU where it may not be. A task that its CPU is still
- * switching out cannot migrate whenever a BPF program runs there meanwhile (ops.running of whoever comes next), for the
- * kernel counts that to whom it still takes for current.
+ * switching out cannot migrate whenever a BPF program runs there meanwhile, for the kernel counts that to whom it still takes for
+ * current.
  */
 static __always_inline bool may_move_to(const struct task_struct *p, s32 cpu)
 {
@@ -153,174 +152,91 @@ static __always_inline bool may_move_to(const struct task_struct *p, s32 cpu)
 /* Runs what ops.yield, ops.quiescent or the capture just noted for this CPU. */
 static __always_inline bool run_next(s32 cpu, struct umcg_cpu_ctx *cctx)
 {
+	struct umcg_slot *slot = slot_at(cctx->next);
 	struct task_struct *p;
-	u32 nr = cctx->next;
 
-	if (!nr)
-		return false;
 	cctx->next = 0;
-	p = fetch_slot(nr);
+	p = fetch(slot);
 	if (!p)
 		return false;
 	/*
 	 * Insert first, then look: an insertion is for the task as the core has it then, and is dropped if the core
 	 * takes it back later. What was looked at before may be out of date: since then it may have run elsewhere.
 	 */
-	scx_bpf_dsq_insert(p, SCX_DSQ_LOCAL, slice_ns, 0);
+	scx_bpf_dsq_insert(p, SCX_DSQ_LOCAL, SLICE, 0);
 	if (burst_is_over(cctx) || !may_move_to(p, cpu)) {
 		scx_bpf_dispatch_cancel();
-		insert_shared(p, 0);
+		insert_shared(p, slot, 0);
 		wake_cpu_for(p);
 		return false;
 	}
-	cctx->handed_over = nr;
 	return true;
 }
 
-static __always_inline void capture_prev(struct task_struct *prev, struct umcg_cpu_ctx *cctx)
+static __always_inline void capture_prev(struct task_struct *prev, struct umcg_slot *slot, struct umcg_cpu_ctx *cctx)
 {
 	struct umcg_released released = {};
-	struct umcg_slot *slot = slot_of_current(cctx, prev);
 
-	cctx->at_boundary = false;
-	if (slot)
-		capture(prev, slot, cctx->current, &released);
+	capture(prev, slot, note_of(prev), &released);
 	run_released_next(cctx, &released);
-}
-
-static __always_inline bool is_held(const struct umcg_slot *slot)
-{
-	return slot && custody_is_held(&slot->custody);
 }
 
 void BPF_STRUCT_OPS(umcg_dispatch, s32 cpu, struct task_struct *prev)
 {
 	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
+	struct umcg_slot *slot;
 
-	report_bugs();
 	if (!cctx)
 		return;
-	if (prev && cctx->at_boundary)
-		capture_prev(prev, cctx);
+	if (cctx->stops_here) {
+		cctx->stops_here = false;
+		slot = prev ? slot_of(prev) : NULL;
+		if (slot && is_at_boundary(prev, slot))
+			capture_prev(prev, slot, cctx);
+	}
 	if (run_next(cpu, cctx))
 		return;
+	end_burst(cctx);
 	drain_ready();
-	if (scx_bpf_dsq_move_to_local(SHARED_DSQ, 0))
+	if (scx_bpf_dsq_move_to_local(SHARED_DSQ, 0) || !prev || !(prev->scx.flags & SCX_TASK_QUEUED))
 		return;
-	/* Nobody else wants this CPU. */
-	if (prev && prev->scx.flags & SCX_TASK_QUEUED && !is_held(slot_of_current(cctx, prev)))
-		scx_bpf_task_set_slice(prev, slice_ns);
-}
-
-/* A held task runs: it is shown to the watchdog, or the core ran it by itself. It must not reach user code. */
-static __always_inline void guard_held(struct task_struct *p, struct umcg_slot *slot)
-{
-	struct umcg_domain *domain;
-
-	if (custody_is_held(&slot->custody)) {
-		if (!task_is_dying(p))
-			scx_bpf_kick_cpu(bpf_get_smp_processor_id(), SCX_KICK_PREEMPT);
-		return;
-	}
-	if (!slot->asleep)
-		return;
-	domain = domain_of(slot->domain);
-	if (!domain)
-		return;
-	bpf_spin_lock(&domain->lock);
-	slot->asleep = false;
-	bpf_spin_unlock(&domain->lock);
+	slot = slot_of(prev);
+	if (!slot || !custody_is_held(&slot->custody))
+		keep_running(prev, slot, cctx);
 }
 
 void BPF_STRUCT_OPS(umcg_tick, struct task_struct *p)
 {
 	preempt_at_tick(p);
-}
-
-/*
- * A property of a task that runs on another CPU was changed from here. Only who runs there is noted, if nobody knew: what else is noted
- * there belongs to that CPU.
- */
-static __always_inline void runs_elsewhere(struct task_struct *p, s32 cpu)
-{
-	struct umcg_cpu_ctx *cctx = cpu_ctx_of(cpu);
-	u32 nr = slot_of(p);
-
-	if (!cctx || !nr || cctx->current == nr)
-		return; /* who does not seem to be registered may just have noted itself: register.bpf.h */
-	cctx->current = nr;
-	cctx->at_boundary = false;
-}
-
-void BPF_STRUCT_OPS(umcg_running, struct task_struct *p)
-{
-	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
-	s32 cpu = scx_bpf_task_cpu(p);
-	struct umcg_slot *slot;
-	u32 nr;
-
-	if (cpu != bpf_get_smp_processor_id()) {
-		runs_elsewhere(p, cpu);
-		return;
-	}
-	if (!cctx)
-		return;
-	queue_unasked_next(cctx);
-	nr = cctx->handed_over;
-	cctx->handed_over = 0;
-	slot = slot_if_of(nr, p);
-	if (!slot) {
-		nr = slot_of(p);
-		slot = slot_at(nr);
-		if (slot && cctx->counted != p->pid) /* or a property of it was changed while it ran */
-			cctx->burst_start_ns = scx_bpf_now();
-	}
-	cctx->current = nr;
-	cctx->at_boundary = false;
-	policy_running(p, cctx);
-	if (slot)
-		guard_held(p, slot);
-}
-
-/*
- * It moves to another CPU, or a property of it changes: it is queued again in a moment. If it runs, it runs on. If it does not, it
- * was put aside with time left, for a task of another class, and pays now, for its CPU will not see it stop.
- */
-static __always_inline void leaves_queue(struct task_struct *p)
-{
-	struct umcg_cpu_ctx *cctx = cpu_ctx_of(scx_bpf_task_cpu(p));
-
-	if (cctx && !scx_bpf_task_running(p))
-		policy_charge(p, cctx, 0);
+	policy_tick(p);
 }
 
 void BPF_STRUCT_OPS(umcg_quiescent, struct task_struct *p, u64 deq_flags)
 {
-	struct umcg_cpu_ctx *cctx = this_cpu_ctx();
 	struct umcg_slot *slot;
 
-	if (!(deq_flags & SCX_DEQ_SLEEP)) {
-		leaves_queue(p);
-		return;
-	}
-	if (!cctx)
-		return;
-	policy_charge(p, cctx, running_ns(p));
-	slot = slot_of_current(cctx, p);
+	if (!(deq_flags & SCX_DEQ_SLEEP))
+		return; /* it moves to another CPU, or a property of it changes: it is queued again in a moment */
+	slot = noted_slot_of(p);
 	if (slot)
-		task_sleeps(p, slot, cctx);
+		task_sleeps(p, slot);
 }
 
+/* It comes from another class, where nobody read or held it. */
 void BPF_STRUCT_OPS(umcg_enable, struct task_struct *p)
 {
-	struct umcg_slot *slot = slot_at(slot_of(p));
+	u32 nr = slot_of_pid(p->pid, p);
+	struct umcg_slot *slot = slot_at(nr);
+	bool sleeps = task_sleeps_now(p);
 
-	scx_bpf_task_set_dsq_vtime(p, vtime_now);
-	scx_bpf_task_set_slice(p, slice_ns); /* a note in it (note_stop_at_wakeup()) is of before it left us */
+	scx_bpf_task_set_dsq_vtime(p, vtime_now | nr);
+	scx_bpf_task_set_slice(p, slot && slot->asleep && sleeps ? SLICE_LOOK_AT_WAKEUP : SLICE);
 	if (!slot)
 		return;
-	/* It comes from another class, where nobody held it; it is held again where that may be. */
-	custody_unhold(&slot->custody);
+	is_noted(slot);
+	if (!sleeps)
+		is_awake(slot);
+	custody_unhold(&slot->custody); /* it is held again where that may be */
 }
 
 s32 BPF_STRUCT_OPS_SLEEPABLE(umcg_init)
@@ -365,7 +281,6 @@ SCX_OPS_DEFINE(umcg_ops,
 	       .enqueue = (void *)umcg_enqueue,
 	       .dispatch = (void *)umcg_dispatch,
 	       .tick = (void *)umcg_tick,
-	       .running = (void *)umcg_running,
 	       .quiescent = (void *)umcg_quiescent,
 	       .enable = (void *)umcg_enable,
 	       .cpu_online = (void *)umcg_cpu_online,

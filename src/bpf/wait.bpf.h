@@ -87,6 +87,7 @@ static __always_inline int start_worker(struct umcg_wait *w, struct umcg_ref *ho
 	if (state != UMCG_ACTIVE)
 		set_state(worker->slot, UMCG_ACTIVE);
 	worker->slot->host = host->nr;
+	worker->slot->payer = host->nr;
 	host->slot->serving = worker->nr;
 	if (custody_release(&worker->slot->custody))
 		w->released.started = worker->nr;
@@ -206,6 +207,7 @@ static __always_inline int wait_locked(struct umcg_wait *w)
 {
 	struct umcg_slot *self = w->self.slot;
 
+	self->asleep = false; /* whatever became of the note: it runs */
 	if (self->state == UMCG_WAITING || self->state == UMCG_SERVING) {
 		/* It was let go for a signal, and its wait goes on; so does the time that it may take. */
 		custody_hold(&self->custody);
@@ -284,7 +286,7 @@ static __always_inline bool wait_look_up(struct umcg_wait *w, void *cells)
 	w->next_tid = UMCG_LOAD(&task->umcg_next_tid);
 	w->as_server = w->server_tid == self->tid;
 	if (w->next_tid) {
-		if (!ref_get_any(&w->next, slot_of_tid(domain, w->next_tid), cells))
+		if (!ref_find_any(&w->next, domain, w->next_tid, cells))
 			return false;
 		if (w->next.slot->asleep)
 			w->now_ns = bpf_ktime_get_ns();
@@ -307,12 +309,8 @@ static __always_inline void wait_fail(struct umcg_ref *self, int error)
 	status_move(&self->cell->task.umcg_status, UMCG_STATE_RUNNABLE, UMCG_STATE_RUNNING);
 }
 
-static __always_inline void wait_account(const struct umcg_wait *w)
+static __always_inline void wait_account(const struct umcg_wait *w, struct umcg_stats *st)
 {
-	struct umcg_stats *st = this_stats();
-
-	if (!st)
-		return;
 	st->waits++;
 	st->switches += w->switched;
 	if (w->captured_ns)
@@ -362,7 +360,7 @@ static __always_inline void umcg_waits(struct task_struct *p, const struct umcg_
 		wait_fail(&w.self, ret);
 		return;
 	}
-	wait_account(&w);
+	wait_account(&w, &cctx->stats);
 	wait_afterwards(&w);
 	if (!custody_is_held(&w.self.slot->custody)) { /* it goes on: nobody else has this CPU */
 		queue_released(&w.released);

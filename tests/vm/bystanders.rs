@@ -8,13 +8,14 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::SeqCst;
-use std::thread::sleep;
+use std::thread::{JoinHandle, sleep};
 use std::time::Duration;
 
+use nix::sched::sched_yield;
 use nix::time::{ClockId, clock_gettime};
 
 use crate::api::NONE;
-use crate::cast::{List, become_server, nr_cpus, open, pin, retire, spawn_worker, wait_until};
+use crate::cast::{List, become_server, nr_cpus, open, pin, retire, serve_fifo, spawn_worker, wait_until};
 use crate::client::{Client, ask_for_domain};
 use crate::harness::{Loader, Test};
 use crate::users::ids;
@@ -22,6 +23,9 @@ use crate::users::ids;
 pub const TESTS: &[Test] = &[
     Test::new("cpu_hogs_share_the_machine", hogs),
     Test::new("who_sleeps_pays_for_what_it_had", napper),
+    Test::new("who_yields_pays_for_what_it_had", yielder),
+    Test::new("a_worker_that_is_captured_pays_for_what_it_had", captured),
+    Test::new("a_server_with_many_workers_gets_the_share_of_one_thread", crowd),
     Test::new("a_pair_that_switches_for_ever_shares_its_cpu", pair),
     Test::new("tracepoints_are_left_alone_until_there_is_a_domain", tracepoints).own_loader(),
     Test::new("in_partial_mode_only_tasks_are_ours", partial).own_loader(),
@@ -64,33 +68,112 @@ fn hogs() {
     retire(server);
 }
 
-/// Computes for most of a slice, and sleeps as short as can be, until STOP; its CPU time.
+/// Computes for so much CPU time.
+fn compute(time: Duration) {
+    let begin = cpu_time();
+    while cpu_time() - begin < time {
+        std::hint::spin_loop();
+    }
+}
+
+/// A thread on CPU 0, where all of a test compete.
+fn on_one_cpu<T: Send + 'static>(body: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+    std::thread::spawn(move || {
+        pin(0);
+        body()
+    })
+}
+
+/// CPU time of `body` until STOP beside `nr_hogs` hogs on its CPU, and the hogs' mean.
+fn beside_hogs(nr_hogs: u32, body: fn() -> Duration) -> (Duration, Duration) {
+    let hogs: Vec<_> = (0..nr_hogs).map(|_| on_one_cpu(hog)).collect();
+    let body = on_one_cpu(body);
+    sleep(DURATION);
+    STOP.store(true, SeqCst);
+    let hogs: Duration = hogs.into_iter().map(|hog| hog.join().unwrap()).sum();
+    let times = (body.join().unwrap(), hogs / nr_hogs);
+    println!("CPU time of who is looked at, and of a hog: {times:.2?}");
+    times
+}
+
+/// As much as a hog, give or take a quarter.
+fn assert_its_share((time, of_a_hog): (Duration, Duration)) {
+    assert!(4 * time < 5 * of_a_hog, "it gets more than its share");
+    assert!(5 * time > 4 * of_a_hog, "it gets less than its share");
+}
+
+/// Computes for most of a slice, and sleeps as short as can be.
 fn nap_for_ever() -> Duration {
     while !STOP.load(SeqCst) {
-        let awake = cpu_time();
-        while cpu_time() - awake < Duration::from_millis(4) {
-            std::hint::spin_loop();
-        }
+        compute(Duration::from_millis(4));
         sleep(Duration::from_micros(1));
     }
     cpu_time()
 }
 
 fn napper() {
-    let on_one_cpu = |body: fn() -> Duration| {
-        std::thread::spawn(move || {
-            pin(0);
-            body()
+    assert_its_share(beside_hogs(6, nap_for_ever));
+}
+
+/// Leaves most of each slice.
+fn yield_for_ever() -> Duration {
+    while !STOP.load(SeqCst) {
+        compute(Duration::from_millis(1));
+        sched_yield().unwrap();
+    }
+    cpu_time()
+}
+
+fn yielder() {
+    assert_its_share(beside_hogs(8, yield_for_ever));
+}
+
+/// Serves a worker that computes for most of a slice, and sleeps as short as can be, so that it stops where it wakes.
+fn serve_a_napper() -> Duration {
+    let server = become_server();
+    let worker = spawn_worker(server.tid(), |task| {
+        task.user_data.store(nap_for_ever().as_nanos() as u64, SeqCst);
+    });
+    let task = worker.task;
+    serve_fifo(server, &[task]);
+    worker.thread.join().unwrap();
+    retire(server);
+    cpu_time() + Duration::from_nanos(task.user_data.load(SeqCst))
+}
+
+fn captured() {
+    open(2);
+    assert_its_share(beside_hogs(6, serve_a_napper));
+}
+
+/// Serves workers that compute for a while, and give the CPU to the next one.
+fn serve_a_crowd() -> Duration {
+    const WORKERS: usize = 20;
+
+    let server = become_server();
+    let workers: Vec<_> = (0..WORKERS)
+        .map(|_| {
+            spawn_worker(server.tid(), |task| {
+                while !STOP.load(SeqCst) {
+                    compute(Duration::from_micros(500));
+                    sched_yield().unwrap();
+                }
+                task.user_data.store(cpu_time().as_nanos() as u64, SeqCst);
+            })
         })
-    };
-    let hogs: Vec<_> = (0..6).map(|_| on_one_cpu(hog)).collect();
-    let napper = on_one_cpu(nap_for_ever);
-    sleep(DURATION);
-    STOP.store(true, SeqCst);
-    let least = hogs.into_iter().map(|hog| hog.join().unwrap()).min().unwrap();
-    let napper = napper.join().unwrap();
-    println!("CPU time of a hog and a napper: {least:.2?}, {napper:.2?}");
-    assert!(2 * napper < 3 * least, "a sleep pays");
+        .collect();
+    let tasks: Vec<_> = workers.iter().map(|worker| worker.task).collect();
+    serve_fifo(server, &tasks);
+    for worker in workers {
+        worker.thread.join().unwrap();
+    }
+    retire(server);
+    tasks.iter().map(|task| Duration::from_nanos(task.user_data.load(SeqCst))).sum::<Duration>() + cpu_time()
+}
+
+fn crowd() {
+    open(32);
+    assert_its_share(beside_hogs(2, serve_a_crowd));
 }
 
 /// A server on CPU 0 that does nothing but switch to its worker and back, until STOP; the CPU time of both.

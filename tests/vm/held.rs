@@ -155,7 +155,7 @@ fn watchdog() {
     }
     let refreshes = loader.stat("refreshes");
     println!("{refreshes} refreshes");
-    assert!(refreshes > 0, "no held task was shown to the watchdog");
+    assert!(refreshes > 0, "no held task was let go for the watchdog");
     assert_eq!(api::backend(), "sched_ext");
     held.release();
     assert!(loader.serves());

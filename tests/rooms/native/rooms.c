@@ -58,11 +58,6 @@ bool rooms_custody_fetch(u32 *custody)
 	return custody_fetch(custody);
 }
 
-bool rooms_custody_show(u32 *custody)
-{
-	return custody_show(custody);
-}
-
 bool rooms_custody_is_held(const u32 *custody)
 {
 	return custody_is_held(custody);

@@ -183,9 +183,6 @@ unsafe extern "C-unwind" {
     /// `custody_fetch()` of hold.bpf.h.
     #[link_name = "rooms_custody_fetch"]
     pub safe fn custody_fetch(custody: At<'_, Word32>) -> bool;
-    /// `custody_show()` of hold.bpf.h.
-    #[link_name = "rooms_custody_show"]
-    pub safe fn custody_show(custody: At<'_, Word32>) -> bool;
     /// `custody_is_held()` of hold.bpf.h.
     #[link_name = "rooms_custody_is_held"]
     pub safe fn custody_is_held(custody: At<'_, Word32>) -> bool;

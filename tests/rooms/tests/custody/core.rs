@@ -7,10 +7,7 @@ use loom::sync::Mutex;
 use loom::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use loom::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize};
 use loom::thread::yield_now;
-use umcg_rooms::{
-    Atomics, Word32, custody_fetch, custody_hold, custody_is_held, custody_park, custody_release,
-    custody_show,
-};
+use umcg_rooms::{Atomics, Word32, custody_fetch, custody_hold, custody_park, custody_release};
 
 /// `ops_state`: the state in the low bits, the sequence number of the last enqueue above.
 const NONE: usize = 0;
@@ -26,6 +23,8 @@ struct RunQueue {
     seq: usize,
     /// The task is in a queue from which a CPU will run it.
     has_task: bool,
+    /// A CPU runs the task, or is switching it out.
+    is_current: bool,
 }
 
 impl RunQueue {
@@ -42,6 +41,8 @@ pub struct Core {
     /// Set by a CPU between its claim and its insertion; cleared by whoever dequeues the task in between.
     holding_cpu: AtomicBool,
     rq: Mutex<RunQueue>,
+    /// The domain's lock, and whether the task's state says that it may run user code.
+    active: Mutex<bool>,
     /// How often it was run to go on to user code.
     runs: AtomicU32,
 }
@@ -53,7 +54,8 @@ impl Core {
             custody: Word32::new(0, atomics),
             ops_state: AtomicUsize::new(NONE),
             holding_cpu: AtomicBool::new(false),
-            rq: Mutex::new(RunQueue::default()),
+            rq: Mutex::new(RunQueue { is_current: true, ..RunQueue::default() }),
+            active: Mutex::new(false),
             runs: AtomicU32::new(0),
         };
         custody_hold(core.custody.at());
@@ -69,7 +71,9 @@ impl Core {
 
     /// `put_prev_task()` and `do_enqueue_task()`: the task is switched out, or comes back after a change.
     pub fn enqueue(&self) {
-        self.do_enqueue_task(&mut self.rq.lock().expect("no poison"));
+        let mut rq = self.rq.lock().expect("no poison");
+        rq.is_current = false;
+        self.do_enqueue_task(&mut rq);
     }
 
     fn do_enqueue_task(&self, rq: &mut RunQueue) {
@@ -84,9 +88,12 @@ impl Core {
         }
     }
 
-    /// `sched_setaffinity()` and its like: `dequeue_task()`, the change, `enqueue_task()`.
+    /// `sched_setaffinity()` and its like: `dequeue_task()`, the change, `enqueue_task()`, which leaves a task alone that runs.
     pub fn take_back(&self) {
         let mut rq = self.rq.lock().expect("no poison");
+        if rq.is_current {
+            return;
+        }
         self.ops_dequeue();
         self.holding_cpu.store(false, Relaxed);
         rq.has_task = false;
@@ -104,9 +111,9 @@ impl Core {
         }
     }
 
-    /// ops.dispatch on some CPU that looks at the task: `run_slot()` of queue.bpf.h.
+    /// ops.dispatch on some CPU that looks at the task: `fetch()` of queue.bpf.h.
     pub fn dispatch(&self) {
-        if custody_fetch(self.custody.at()) || custody_show(self.custody.at()) {
+        if custody_fetch(self.custody.at()) {
             // scx_bpf_dsq_insert() notes the sequence number; once ops.dispatch has returned:
             let seq = self.ops_state.load(Relaxed) >> SEQ_SHIFT;
             self.finish_dispatch(seq);
@@ -138,8 +145,8 @@ impl Core {
         }
     }
 
-    /// A CPU runs the task if it is queued. ops.running sends one that is held back before it reaches user
-    /// code: `guard_held()` of umcg.bpf.c.
+    /// A CPU runs the task if it is queued. At the boundary to user code it is held again, unless it may go on: `capture_locked()` of
+    /// capture.bpf.h.
     pub fn run(&self) {
         {
             let mut rq = self.rq.lock().expect("no poison");
@@ -147,16 +154,38 @@ impl Core {
                 return;
             }
             rq.has_task = false;
+            rq.is_current = true;
         }
-        if custody_is_held(self.custody.at()) {
-            self.enqueue();
-        } else {
+        let goes_on = {
+            let active = self.active.lock().expect("no poison");
+            if !*active {
+                custody_hold(self.custody.at());
+            }
+            *active
+        };
+        if goes_on {
             self.runs.fetch_add(1, Relaxed);
+        } else {
+            self.enqueue();
         }
     }
 
-    /// A CPU to which the task was released looks at it.
+    /// `start_worker()` of wait.bpf.h, without the look that it asks some CPU for.
+    pub fn start(&self) -> bool {
+        let mut active = self.active.lock().expect("no poison");
+        *active = true;
+        custody_release(self.custody.at())
+    }
+
+    /// It is started, and some CPU looks at it.
     pub fn release(&self) {
+        if self.start() {
+            self.dispatch();
+        }
+    }
+
+    /// The sweep lets it go, its state unchanged, and some CPU looks at it: `let_go()` of sweep.bpf.h.
+    pub fn let_go(&self) {
         if custody_release(self.custody.at()) {
             self.dispatch();
         }

@@ -5,7 +5,7 @@ mod core;
 
 use loom::sync::Arc;
 use loom::thread;
-use umcg_rooms::{Atomics, check_three, custody_fetch, custody_hold, custody_is_held, custody_release};
+use umcg_rooms::{Atomics, check_three, custody_fetch, custody_hold, custody_is_held};
 
 use core::Core;
 
@@ -36,9 +36,9 @@ fn assert_runs(task: &Core, expected: u32) {
 const SWITCH_OUT: Cpu = Core::enqueue;
 const RELEASE: Cpu = Core::release;
 const TAKE_BACK: Cpu = Core::take_back;
-const LOOK: Cpu = Core::dispatch;
-const LOOK_AND_RUN: Cpu = |task| {
-    task.dispatch();
+const LET_GO: Cpu = Core::let_go;
+const LET_GO_AND_RUN: Cpu = |task| {
+    task.let_go();
     task.run();
 };
 
@@ -77,22 +77,21 @@ fn torn_two_releases_lose_the_task() {
     check_three(|| two_releases(Atomics::Torn));
 }
 
-/// The sweep shows a parked task to the watchdog, which takes it through a run queue and back, while
-/// another CPU releases it.
-fn release_during_show(atomics: Atomics) {
-    let task = race(Core::parked(atomics), [LOOK_AND_RUN, RELEASE]);
+/// The sweep lets a parked task go, which takes it through a run queue and back, while another CPU releases it.
+fn release_during_let_go(atomics: Atomics) {
+    let task = race(Core::parked(atomics), [LET_GO_AND_RUN, RELEASE]);
     assert_runs(&task, 1);
 }
 
 #[test]
-fn a_release_of_a_task_that_is_being_shown_is_not_lost() {
-    loom::model(|| release_during_show(Atomics::Kernel));
+fn a_release_of_a_task_that_is_let_go_is_not_lost() {
+    loom::model(|| release_during_let_go(Atomics::Kernel));
 }
 
 #[test]
 #[should_panic(expected = "went on to user code 0 times")]
-fn torn_a_release_of_a_task_that_is_being_shown_is_lost() {
-    loom::model(|| release_during_show(Atomics::Torn));
+fn torn_a_release_of_a_task_that_is_let_go_is_lost() {
+    loom::model(|| release_during_let_go(Atomics::Torn));
 }
 
 /// sched_setaffinity() makes the core take the parked task and hand it to ops.enqueue again. A CPU that
@@ -116,9 +115,9 @@ fn without_barriers_a_release_while_the_core_takes_the_task_back_is_lost() {
 }
 
 #[test]
-fn a_task_that_is_shown_and_taken_back_stays_held() {
+fn a_task_that_is_let_go_and_taken_back_stays_held() {
     loom::model(|| {
-        let task = race(Core::parked(Atomics::Kernel), [TAKE_BACK, LOOK_AND_RUN]);
+        let task = race(Core::parked(Atomics::Kernel), [TAKE_BACK, LET_GO_AND_RUN]);
         assert_runs(&task, 0);
         // Held, and not lost: a release still finds it.
         task.release();
@@ -127,32 +126,32 @@ fn a_task_that_is_shown_and_taken_back_stays_held() {
 }
 
 /// All three at once.
-fn release_during_show_and_change(atomics: Atomics) {
-    let task = race(Core::parked(atomics), [TAKE_BACK, LOOK, RELEASE]);
+fn release_during_let_go_and_change(atomics: Atomics) {
+    let task = race(Core::parked(atomics), [TAKE_BACK, LET_GO_AND_RUN, RELEASE]);
     assert_runs(&task, 1);
 }
 
 #[test]
-fn a_release_of_a_shown_task_that_is_taken_back_is_not_lost() {
-    check_three(|| release_during_show_and_change(Atomics::Kernel));
+fn a_release_of_a_let_go_task_that_is_taken_back_is_not_lost() {
+    check_three(|| release_during_let_go_and_change(Atomics::Kernel));
 }
 
 #[test]
 #[should_panic(expected = "went on to user code 0 times")]
-fn torn_a_release_of_a_shown_task_that_is_taken_back_is_lost() {
-    check_three(|| release_during_show_and_change(Atomics::Torn));
+fn torn_a_release_of_a_let_go_task_that_is_taken_back_is_lost() {
+    check_three(|| release_during_let_go_and_change(Atomics::Torn));
 }
 
-/// A CPU that shows a task may be slow to note the sequence number: then it inserts a task that was
+/// A CPU that fetches a task may be slow to note the sequence number: then it inserts a task that was
 /// taken back and parked anew. If that one is released meanwhile, it runs while some CPU is still to fetch it.
 /// It must be possible to hold it again at once, or a preempted worker would stay in user code.
 #[test]
 fn a_task_that_runs_can_be_held_whatever_became_of_its_release() {
     check_three(|| {
-        let release: Cpu = |task| {
-            custody_release(task.custody().at());
+        let start: Cpu = |task| {
+            task.start();
         };
-        let task = race(Core::parked(Atomics::Kernel), [TAKE_BACK, LOOK, release]);
+        let task = race(Core::parked(Atomics::Kernel), [TAKE_BACK, LET_GO, start]);
         task.settle();
         if task.runs() == 0 {
             task.dispatch(); // by the hint that the release left
