@@ -4,6 +4,7 @@
 //! Under `scripts/vm --icount` the guest's clock counts instructions, one a nanosecond, so that the figures are the same on
 //! every machine; on real hardware they are nanoseconds.
 
+mod bystanders;
 mod clock;
 mod crowd;
 mod measure;

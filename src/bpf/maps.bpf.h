@@ -170,6 +170,13 @@ static __always_inline struct umcg_cpu_ctx *this_cpu_ctx(void)
 	return bpf_map_lookup_elem(&cpu_ctxs, &zero);
 }
 
+static __always_inline struct umcg_cpu_ctx *cpu_ctx_of(s32 cpu)
+{
+	u32 zero = 0;
+
+	return bpf_map_lookup_percpu_elem(&cpu_ctxs, &zero, cpu);
+}
+
 #define STAT_ADD(field, n)                                   \
 	do {                                                 \
 		struct umcg_cpu_ctx *__cctx = this_cpu_ctx(); \

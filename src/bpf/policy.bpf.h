@@ -14,8 +14,8 @@
 
 #define SHARED_DSQ 0
 #define WEIGHT_DEFAULT 100
-/* The lightest tasks pay a hundredfold; what they owe is bounded, or the watchdog finds them before their turn comes. */
-#define MAX_SLICES_AHEAD 50
+/* The lightest tasks pay a hundredfold; what they owe, and what others are owed, is bounded, or the watchdog finds them before their turn. */
+#define MAX_SLICES_APART 50
 
 /*
  * The slice that a task is given. The core ends one at the first tick after it is used up, without a word on how much too late, up to 4 ms
@@ -51,14 +51,22 @@ static __always_inline bool vtime_before(u64 a, u64 b)
 	return (s64)(a - b) < 0;
 }
 
-/* Who slept for long may claim one slice of it, no more; and nobody owes more than the bound. */
+static __always_inline u64 vtime_at_least(u64 vtime, u64 earliest)
+{
+	return vtime_before(vtime, earliest) ? earliest : vtime;
+}
+
+/* Who slept for long may claim one slice of it, no more. */
+static __always_inline u64 vtime_after_sleep(u64 vtime)
+{
+	return vtime_at_least(vtime, vtime_now - vtime_of(slice_ns));
+}
+
 static __always_inline u64 vtime_in_bounds(u64 vtime)
 {
-	u64 earliest = vtime_now - vtime_of(slice_ns), latest = vtime_now + vtime_of(MAX_SLICES_AHEAD * slice_ns);
+	u64 apart = vtime_of(MAX_SLICES_APART * slice_ns), latest = vtime_now + apart;
 
-	if (vtime_before(vtime, earliest))
-		return earliest;
-	return vtime_before(latest, vtime) ? latest : vtime;
+	return vtime_before(latest, vtime) ? latest : vtime_at_least(vtime, vtime_now - apart);
 }
 
 /* Whoever answers for a registered task in the queue: a worker is charged to the server that runs it, or ran it last. */
@@ -69,8 +77,53 @@ static __always_inline struct umcg_slot *payer_of(struct umcg_slot *slot)
 	return payer && payer->domain == slot->domain && payer->state != UMCG_FREE ? payer : slot;
 }
 
-/* @slot is @p's, or NULL. */
-static __always_inline void insert_shared(struct task_struct *p, struct umcg_slot *slot, u64 enq_flags)
+/* What @p has had of its slice, as far as the core has counted; 0 if it has none of ours. */
+static __always_inline u64 slice_used_ns(const struct task_struct *p)
+{
+	u64 used_ns = SLICE - p->scx.slice;
+
+	return used_ns < SLICE_ROOM / 2 ? used_ns : 0;
+}
+
+/* The slice of @p, which runs on the CPU of @cctx, is about to become 0. What it has had of it in the end is known when it is queued. */
+static __always_inline void note_cut(const struct task_struct *p, struct umcg_cpu_ctx *cctx)
+{
+	if (!cctx)
+		return;
+	cctx->cut = p->pid;
+	cctx->cut_ns = p->se.sum_exec_runtime - slice_used_ns(p);
+}
+
+/* The task that runs here has had its slice, or gives it away. */
+static __always_inline void cut_slice(struct task_struct *p, struct umcg_cpu_ctx *cctx)
+{
+	note_cut(p, cctx);
+	scx_bpf_task_set_slice(p, 0);
+}
+
+/*
+ * @p wakes with that virtual time, and no CPU idles. Who has used so much less than its share that it is half a slice ahead does not
+ * wait for the end of somebody's slice; who computes most of the time is never that far ahead, so it interrupts nobody.
+ */
+static __always_inline void preempt_for(struct task_struct *p, u64 vtime)
+{
+	s32 cpu = scx_bpf_task_cpu(p);
+	const struct rq *rq = bpf_per_cpu_ptr(&runqueues, cpu);
+	const struct task_struct *curr = rq ? rq->curr : NULL;
+	u64 vtime_of_curr = UMCG_LOAD(&vtime_now); /* that of a registered one, as good as */
+
+	if (!curr)
+		return;
+	if (!note_of(curr))
+		vtime_of_curr = curr->scx.dsq_vtime;
+	if (!vtime_before(vtime + vtime_of(slice_ns / 2), vtime_of_curr))
+		return;
+	note_cut(curr, cpu_ctx_of(cpu));
+	scx_bpf_kick_cpu(cpu, SCX_KICK_PREEMPT);
+}
+
+/* @slot is @p's, or NULL. The virtual time that it is queued with. */
+static __always_inline u64 insert_shared(struct task_struct *p, struct umcg_slot *slot, u64 enq_flags)
 {
 	struct umcg_slot *payer = slot ? payer_of(slot) : NULL;
 	u64 vtime = vtime_in_bounds(payer ? payer->vtime : p->scx.dsq_vtime & ~NOTE_MASK);
@@ -78,20 +131,36 @@ static __always_inline void insert_shared(struct task_struct *p, struct umcg_slo
 	if (payer)
 		payer->vtime = vtime;
 	scx_bpf_dsq_insert_vtime(p, SHARED_DSQ, SLICE, vtime | note_of(p), enq_flags);
+	return vtime;
+}
+
+/* A registered task that was held, for no matter how long. */
+static __always_inline void insert_after_wait(struct task_struct *p, struct umcg_slot *slot)
+{
+	struct umcg_slot *payer = payer_of(slot);
+
+	payer->vtime = vtime_after_sleep(payer->vtime);
+	insert_shared(p, slot, 0);
 }
 
 static __always_inline void policy_enqueue(struct task_struct *p, struct umcg_slot *slot, u64 enq_flags)
 {
-	/* A kernel thread of one CPU is short and urgent. */
+	u64 vtime;
+
+	/* A kernel thread of one CPU is short and urgent: it goes before all that queue, and interrupts who is far behind it. */
 	if (p->flags & PF_KTHREAD && p->nr_cpus_allowed == 1) {
+		if (enq_flags & SCX_ENQ_WAKEUP)
+			preempt_for(p, vtime_in_bounds(p->scx.dsq_vtime & ~NOTE_MASK));
 		scx_bpf_dsq_insert(p, SCX_DSQ_LOCAL, SLICE, enq_flags);
 		return;
 	}
-	insert_shared(p, slot, enq_flags);
+	vtime = insert_shared(p, slot, enq_flags);
 	/* With SCX_ENQ_LAST the CPU is on its way to idle and looks no more; a task that wakes has had its CPU chosen. */
 	if (enq_flags & SCX_ENQ_LAST)
 		scx_bpf_kick_cpu(scx_bpf_task_cpu(p), 0);
-	else if (!(enq_flags & SCX_ENQ_WAKEUP))
+	else if (enq_flags & SCX_ENQ_WAKEUP)
+		preempt_for(p, vtime);
+	else
 		wake_cpu_for(p);
 }
 
@@ -103,34 +172,23 @@ static __always_inline u64 price_of(u64 used_ns, u64 vtime, u32 weight)
 	return vtime_of(used_ns * WEIGHT_DEFAULT / weight);
 }
 
-static __always_inline void pay(struct task_struct *p, u64 used_ns)
+static __always_inline void pay(struct task_struct *p, u64 used_ns, bool wakes)
 {
-	u64 vtime = p->scx.dsq_vtime;
+	u64 nr = note_of(p), vtime = p->scx.dsq_vtime - nr;
 
-	scx_bpf_task_set_dsq_vtime(p, vtime + price_of(used_ns, vtime & ~NOTE_MASK, p->scx.weight));
+	vtime += price_of(used_ns, vtime, p->scx.weight);
+	if (wakes)
+		vtime = vtime_after_sleep(vtime);
+	scx_bpf_task_set_dsq_vtime(p, vtime | nr);
 }
 
-static __always_inline void charge_to(struct umcg_slot *payer, const struct task_struct *p, u64 used_ns)
+static __always_inline void charge_to(struct umcg_slot *payer, const struct task_struct *p, u64 used_ns, bool wakes)
 {
 	struct task_struct *server = payer->task;
 
 	__sync_fetch_and_add(&payer->vtime, price_of(used_ns, payer->vtime, server ? server->scx.weight : p->scx.weight));
-}
-
-/* What @p has had of its slice, as far as the core has counted; 0 if it has none of ours. */
-static __always_inline u64 slice_used_ns(const struct task_struct *p)
-{
-	u64 used_ns = SLICE - p->scx.slice;
-
-	return used_ns < SLICE_ROOM / 2 ? used_ns : 0;
-}
-
-/* The task that runs has had its slice, or gives it away. What it has had in the end is known when it is queued. */
-static __always_inline void cut_slice(struct task_struct *p, struct umcg_cpu_ctx *cctx)
-{
-	cctx->cut = p->pid;
-	cctx->cut_ns = p->se.sum_exec_runtime - slice_used_ns(p);
-	scx_bpf_task_set_slice(p, 0);
+	if (wakes)
+		payer->vtime = vtime_after_sleep(payer->vtime);
 }
 
 static __always_inline void policy_tick(struct task_struct *p)
@@ -148,18 +206,18 @@ static __always_inline void policy_tick(struct task_struct *p)
  * What is gone of its slice tells, and costs no look into a map; but the slice of a registered task ends early and often, and holds
  * notes, so of those the slot tells. @cctx is only needed for whose slice was cut, and so not at a wake-up.
  */
-static __always_inline void policy_charge(struct task_struct *p, struct umcg_slot *slot, struct umcg_cpu_ctx *cctx)
+static __always_inline void policy_charge(struct task_struct *p, struct umcg_slot *slot, struct umcg_cpu_ctx *cctx, bool wakes)
 {
 	u64 now_ns = p->se.sum_exec_runtime;
 
 	if (slot) {
-		charge_to(payer_of(slot), p, now_ns - slot->charged_ns);
+		charge_to(payer_of(slot), p, now_ns - slot->charged_ns, wakes);
 		slot->charged_ns = now_ns;
-	} else if (cctx && cctx->cut == p->pid) {
+	} else if (cctx && cctx->cut == p->pid && !p->scx.slice) {
 		cctx->cut = 0;
-		pay(p, now_ns - cctx->cut_ns);
+		pay(p, now_ns - cctx->cut_ns, wakes);
 	} else {
-		pay(p, slice_used_ns(p));
+		pay(p, slice_used_ns(p), wakes);
 	}
 }
 
@@ -169,7 +227,7 @@ static __always_inline s32 policy_select_cpu(struct task_struct *p, s32 prev_cpu
 	s32 cpu = scx_bpf_select_cpu_dfl(p, prev_cpu, wake_flags, &is_idle);
 
 	if (is_idle) {
-		policy_charge(p, slot_of(p), NULL);
+		policy_charge(p, slot_of(p), NULL, true);
 		scx_bpf_dsq_insert(p, SCX_DSQ_LOCAL, SLICE, 0);
 	}
 	return cpu;
@@ -201,7 +259,7 @@ static __always_inline void end_burst(struct umcg_cpu_ctx *cctx)
 /* Nobody else wants this CPU: the task that has used up its slice gets another one. */
 static __always_inline void keep_running(struct task_struct *p, struct umcg_slot *slot, struct umcg_cpu_ctx *cctx)
 {
-	policy_charge(p, slot, cctx);
+	policy_charge(p, slot, cctx, false);
 	scx_bpf_task_set_slice(p, SLICE);
 }
 

@@ -131,7 +131,7 @@ static __always_inline void drain_ready(void)
 		slot = slot_at(nr);
 		p = fetch(slot);
 		if (p)
-			insert_shared(p, slot, 0);
+			insert_after_wait(p, slot);
 	}
 }
 

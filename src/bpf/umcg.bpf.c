@@ -128,7 +128,7 @@ void BPF_STRUCT_OPS(umcg_enqueue, struct task_struct *p, u64 enq_flags)
 
 	if (!cctx)
 		return;
-	policy_charge(p, slot, cctx);
+	policy_charge(p, slot, cctx, enq_flags & SCX_ENQ_WAKEUP);
 	if (slot && stops_now(p, slot, &enq_flags))
 		capture_queued(p, slot);
 	queue_unasked_next(cctx);

@@ -50,8 +50,8 @@ fn hog() -> Duration {
     cpu_time()
 }
 
-fn assert_fair(what: &str, times: &[Duration]) {
-    println!("CPU time of {what}: {times:.2?}");
+fn assert_fair(times: &[Duration]) {
+    println!("CPU time of hogs: {times:.2?}");
     let (least, most) = (times.iter().min().unwrap(), times.iter().max().unwrap());
     assert!(*most < *least * FAIR, "not fair: {times:?}");
 }
@@ -64,7 +64,7 @@ fn hogs() {
     sleep(DURATION);
     STOP.store(true, SeqCst);
     let times: Vec<_> = hogs.into_iter().map(|hog| hog.join().unwrap()).collect();
-    assert_fair("hogs", &times);
+    assert_fair(&times);
     retire(server);
 }
 
@@ -96,10 +96,10 @@ fn beside_hogs(nr_hogs: u32, body: fn() -> Duration) -> (Duration, Duration) {
     times
 }
 
-/// As much as a hog, give or take a quarter.
+/// As much as a hog, give or take a third: the machine that this one is part of may be busy. `scripts/bench` is exact.
 fn assert_its_share((time, of_a_hog): (Duration, Duration)) {
-    assert!(4 * time < 5 * of_a_hog, "it gets more than its share");
-    assert!(5 * time > 4 * of_a_hog, "it gets less than its share");
+    assert!(2 * time < 3 * of_a_hog, "it gets more than its share");
+    assert!(3 * time > 2 * of_a_hog, "it gets less than its share");
 }
 
 /// Computes for most of a slice, and sleeps as short as can be.
@@ -205,7 +205,9 @@ fn pair() {
     let pair = std::thread::spawn(switch_for_ever);
     sleep(DURATION);
     STOP.store(true, SeqCst);
-    assert_fair("a pair and a hog", &[pair.join().unwrap(), hog.join().unwrap()]);
+    let times = (pair.join().unwrap(), hog.join().unwrap());
+    println!("CPU time of a pair and a hog: {times:.2?}");
+    assert_its_share(times);
 }
 
 /// Links of BPF programs in the machine.
