@@ -23,6 +23,7 @@ use crate::users::ids;
 pub const TESTS: &[Test] = &[
     Test::new("cpu_hogs_share_the_machine", hogs),
     Test::new("who_sleeps_pays_for_what_it_had", napper),
+    Test::new("who_sleeps_waits_for_the_end_of_nobodys_slice", sleeper),
     Test::new("who_yields_pays_for_what_it_had", yielder),
     Test::new("a_worker_that_is_captured_pays_for_what_it_had", captured),
     Test::new("a_server_with_many_workers_gets_the_share_of_one_thread", crowd),
@@ -113,6 +114,31 @@ fn nap_for_ever() -> Duration {
 
 fn napper() {
     assert_its_share(beside_hogs(6, nap_for_ever));
+}
+
+/// Naps on a CPU where four compute. All CPU time that the process takes during a nap is theirs.
+fn sleeper() {
+    const NAPS: usize = 301;
+    const NAP: Duration = Duration::from_millis(1);
+
+    pin(0);
+    let hogs: Vec<_> = (0..4).map(|_| on_one_cpu(hog)).collect();
+    let process_time = || Duration::from(clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).unwrap());
+    let mut waits: Vec<_> = (0..NAPS)
+        .map(|_| {
+            let before = process_time();
+            sleep(NAP);
+            (process_time() - before).saturating_sub(NAP)
+        })
+        .collect();
+    STOP.store(true, SeqCst);
+    for hog in hogs {
+        hog.join().unwrap();
+    }
+    waits.sort_unstable();
+    let (half, most) = (waits[NAPS / 2], waits[NAPS * 9 / 10]);
+    println!("who computes has had {half:.2?} after a nap is over, in one of ten cases more than {most:.2?}");
+    assert!(half < Duration::from_millis(2), "it waits for the end of a slice");
 }
 
 /// Leaves most of each slice.
