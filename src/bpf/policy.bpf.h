@@ -51,22 +51,19 @@ static __always_inline bool vtime_before(u64 a, u64 b)
 	return (s64)(a - b) < 0;
 }
 
-static __always_inline u64 vtime_at_least(u64 vtime, u64 earliest)
+/* Who slept for long may claim one slice of it, no more. */
+static __always_inline u64 vtime_at_least(u64 vtime, bool slept)
 {
+	u64 earliest = vtime_now - vtime_of(slept ? slice_ns : MAX_SLICES_APART * slice_ns);
+
 	return vtime_before(vtime, earliest) ? earliest : vtime;
 }
 
-/* Who slept for long may claim one slice of it, no more. */
-static __always_inline u64 vtime_after_sleep(u64 vtime)
+static __always_inline u64 vtime_at_most(u64 vtime)
 {
-	return vtime_at_least(vtime, vtime_now - vtime_of(slice_ns));
-}
+	u64 latest = vtime_now + vtime_of(MAX_SLICES_APART * slice_ns);
 
-static __always_inline u64 vtime_in_bounds(u64 vtime)
-{
-	u64 apart = vtime_of(MAX_SLICES_APART * slice_ns), latest = vtime_now + apart;
-
-	return vtime_before(latest, vtime) ? latest : vtime_at_least(vtime, vtime_now - apart);
+	return vtime_before(latest, vtime) ? latest : vtime;
 }
 
 /* Whoever answers for a registered task in the queue: a worker is charged to the server that runs it, or ran it last. */
@@ -88,7 +85,7 @@ static __always_inline u64 slice_used_ns(const struct task_struct *p)
 /* The slice of @p, which runs on the CPU of @cctx, is about to become 0. What it has had of it in the end is known when it is queued. */
 static __always_inline void note_cut(const struct task_struct *p, struct umcg_cpu_ctx *cctx)
 {
-	if (!cctx)
+	if (!cctx || !p->scx.slice) /* which the tick may have cut just now */
 		return;
 	cctx->cut = p->pid;
 	cctx->cut_ns = p->se.sum_exec_runtime - slice_used_ns(p);
@@ -101,32 +98,33 @@ static __always_inline void cut_slice(struct task_struct *p, struct umcg_cpu_ctx
 	scx_bpf_task_set_slice(p, 0);
 }
 
+/* Interrupts who runs on @cpu, unless that one has had even less. */
+static __always_inline void preempt_on(s32 cpu, u64 vtime)
+{
+	const struct rq *rq = bpf_per_cpu_ptr(&runqueues, cpu);
+	const struct task_struct *curr = rq ? rq->curr : NULL;
+
+	if (!curr || (!note_of(curr) && !vtime_before(vtime, curr->scx.dsq_vtime)))
+		return;
+	note_cut(curr, cpu_ctx_of(cpu));
+	scx_bpf_kick_cpu(cpu, SCX_KICK_PREEMPT);
+}
+
 /*
  * @p wakes with that virtual time, and no CPU idles. Who has used so much less than its share that it is half a slice ahead does not
  * wait for the end of somebody's slice; who computes most of the time is never that far ahead, so it interrupts nobody.
  */
 static __always_inline void preempt_for(struct task_struct *p, u64 vtime)
 {
-	s32 cpu = scx_bpf_task_cpu(p);
-	const struct rq *rq = bpf_per_cpu_ptr(&runqueues, cpu);
-	const struct task_struct *curr = rq ? rq->curr : NULL;
-	u64 vtime_of_curr = UMCG_LOAD(&vtime_now); /* that of a registered one, as good as */
-
-	if (!curr)
-		return;
-	if (!note_of(curr))
-		vtime_of_curr = curr->scx.dsq_vtime;
-	if (!vtime_before(vtime + vtime_of(slice_ns / 2), vtime_of_curr))
-		return;
-	note_cut(curr, cpu_ctx_of(cpu));
-	scx_bpf_kick_cpu(cpu, SCX_KICK_PREEMPT);
+	if (vtime_before(vtime + vtime_of(slice_ns / 2), vtime_now))
+		preempt_on(scx_bpf_task_cpu(p), vtime);
 }
 
 /* @slot is @p's, or NULL. The virtual time that it is queued with. */
 static __always_inline u64 insert_shared(struct task_struct *p, struct umcg_slot *slot, u64 enq_flags)
 {
 	struct umcg_slot *payer = slot ? payer_of(slot) : NULL;
-	u64 vtime = vtime_in_bounds(payer ? payer->vtime : p->scx.dsq_vtime & ~NOTE_MASK);
+	u64 vtime = vtime_at_most(payer ? payer->vtime : p->scx.dsq_vtime & ~NOTE_MASK);
 
 	if (payer)
 		payer->vtime = vtime;
@@ -139,7 +137,7 @@ static __always_inline void insert_after_wait(struct task_struct *p, struct umcg
 {
 	struct umcg_slot *payer = payer_of(slot);
 
-	payer->vtime = vtime_after_sleep(payer->vtime);
+	payer->vtime = vtime_at_least(payer->vtime, true);
 	insert_shared(p, slot, 0);
 }
 
@@ -150,7 +148,7 @@ static __always_inline void policy_enqueue(struct task_struct *p, struct umcg_sl
 	/* A kernel thread of one CPU is short and urgent: it goes before all that queue, and interrupts who is far behind it. */
 	if (p->flags & PF_KTHREAD && p->nr_cpus_allowed == 1) {
 		if (enq_flags & SCX_ENQ_WAKEUP)
-			preempt_for(p, vtime_in_bounds(p->scx.dsq_vtime & ~NOTE_MASK));
+			preempt_for(p, p->scx.dsq_vtime);
 		scx_bpf_dsq_insert(p, SCX_DSQ_LOCAL, SLICE, enq_flags);
 		return;
 	}
@@ -169,7 +167,9 @@ static __always_inline u64 price_of(u64 used_ns, u64 vtime, u32 weight)
 {
 	if (used_ns && vtime_before(vtime_now, vtime))
 		vtime_now = vtime;
-	return vtime_of(used_ns * WEIGHT_DEFAULT / weight);
+	if (weight != WEIGHT_DEFAULT) /* a division is dear */
+		used_ns = used_ns * WEIGHT_DEFAULT / weight;
+	return vtime_of(used_ns);
 }
 
 static __always_inline void pay(struct task_struct *p, u64 used_ns, bool wakes)
@@ -177,9 +177,7 @@ static __always_inline void pay(struct task_struct *p, u64 used_ns, bool wakes)
 	u64 nr = note_of(p), vtime = p->scx.dsq_vtime - nr;
 
 	vtime += price_of(used_ns, vtime, p->scx.weight);
-	if (wakes)
-		vtime = vtime_after_sleep(vtime);
-	scx_bpf_task_set_dsq_vtime(p, vtime | nr);
+	scx_bpf_task_set_dsq_vtime(p, vtime_at_least(vtime, wakes) | nr);
 }
 
 static __always_inline void charge_to(struct umcg_slot *payer, const struct task_struct *p, u64 used_ns, bool wakes)
@@ -187,8 +185,7 @@ static __always_inline void charge_to(struct umcg_slot *payer, const struct task
 	struct task_struct *server = payer->task;
 
 	__sync_fetch_and_add(&payer->vtime, price_of(used_ns, payer->vtime, server ? server->scx.weight : p->scx.weight));
-	if (wakes)
-		payer->vtime = vtime_after_sleep(payer->vtime);
+	payer->vtime = vtime_at_least(payer->vtime, wakes);
 }
 
 static __always_inline void policy_tick(struct task_struct *p)
